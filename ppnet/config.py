@@ -1,0 +1,592 @@
+"""Every knob of an experiment, as slotted dataclasses, and what makes them valid.
+
+A file in `configs/` returns one `ExperimentConfig`; flags override any field
+(`--config.privacy.epsilon=3`); `validate` runs after the flags, because
+`ml_collections` sets fields without calling `__post_init__`.
+
+The dataclasses are slotted (a misspelt field is an error) and not frozen (flags
+write to them). This module imports neither JAX nor NumPy.
+"""
+
+import dataclasses
+import enum
+
+from ppnet.core import checks
+
+
+class Job(enum.Enum):
+  """What one run of `ppnet.main` does."""
+
+  TRAIN = "train"
+  EVALUATE = "evaluate"
+  AUDIT = "audit"
+  TABLE = "table"
+  COMPILE = "compile"
+  PREPARE = "prepare"
+  BENCHMARK = "benchmark"
+  ACCOUNT = "account"
+  GENERATE = "generate"
+
+
+class Source(enum.Enum):
+  """Where records come from."""
+
+  DIGITS = "digits"  # scikit-learn's bundled digits, each with a DTMF key tone.
+  IMAGE_FOLDER = "image_folder"  # <path>/{train,test}/<class name>/<file>.
+
+
+class BadRecord(enum.Enum):
+  """What happens to a record that cannot be decoded."""
+
+  RAISE = "raise"
+  SKIP = "skip"  # Contributes exactly zero; counted and reported.
+
+
+class AudioFeature(enum.Enum):
+  """What the audio stem sees."""
+
+  LOG_MEL = "log_mel"
+  MFCC = "mfcc"
+
+
+class Clipping(enum.Enum):
+  """What is clipped. Only PER_EXAMPLE bounds the sensitivity."""
+
+  PER_EXAMPLE = "per_example"
+  BATCH = "batch"  # Ablation: clips the batch gradient. No guarantee.
+  NONE = "none"  # Ablation. No guarantee.
+
+
+class Engine(enum.Enum):
+  """How the clipped sum is computed. Every engine gives the same sum."""
+
+  VMAP = "vmap"
+
+
+class Sampler(enum.Enum):
+  """How a step's batch is drawn."""
+
+  POISSON = "poisson"
+  FULL_BATCH = "full_batch"
+
+
+class Accountant(enum.Enum):
+  """How privacy loss composes over steps."""
+
+  PLD = "pld"
+  RDP = "rdp"
+
+
+class NeighboringRelation(enum.Enum):
+  """Which data sets count as neighbours in the guarantee."""
+
+  ADD_OR_REMOVE_ONE = "add_or_remove_one"
+  REPLACE_ONE = "replace_one"
+
+
+class PrivacyUnit(enum.Enum):
+  """What one unit of protection is."""
+
+  EXAMPLE = "example"
+  USER = "user"
+
+
+class NoiseMode(enum.Enum):
+  """Where attention noise enters."""
+
+  SCORES = "scores"  # softmax(QK'/sqrt(d) + stddev N) V
+  WEIGHTS = "weights"  # renormalised (softmax(QK'/sqrt(d)) + stddev N)_+ V
+
+
+class ComputeDtype(enum.Enum):
+  """What activations are computed in; parameters are always float32."""
+
+  FLOAT32 = "float32"
+  BFLOAT16 = "bfloat16"
+
+
+class OptimizerName(enum.Enum):
+  """The optimizer behind the privatizer."""
+
+  ADAMW = "adamw"
+  SGD = "sgd"
+
+
+class Schedule(enum.Enum):
+  """Learning rate over steps, after a linear warm-up."""
+
+  CONSTANT = "constant"
+  COSINE = "cosine"
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class AudioConfig:
+  """How a recording becomes frames.
+
+  Attributes:
+    sample_rate_hz: recordings are resampled to this rate.
+    max_secs: longer recordings are cut, shorter ones padded with silence.
+    window_secs: length of the (periodic Hann) STFT window.
+    hop_secs: distance between frames.
+    num_mels: mel bands between `min_hz` and `max_hz`.
+    num_mfcc: cepstral coefficients kept when `feature` is MFCC.
+    feature: LOG_MEL or MFCC.
+  """
+
+  sample_rate_hz: int = 8000
+  max_secs: float = 0.4
+  window_secs: float = 0.032
+  hop_secs: float = 0.016
+  num_mels: int = 40
+  num_mfcc: int = 20
+  min_hz: float = 300.0
+  max_hz: float = 4000.0
+  feature: AudioFeature = AudioFeature.LOG_MEL
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class DataConfig:
+  """What the records are and how they become arrays.
+
+  Attributes:
+    source: where records come from.
+    path: folder of an IMAGE_FOLDER source.
+    prepared_dir: where PREPARE writes (and TRAIN reads) ArrayRecord files, the
+      tokenizer and `dataset.json`. Empty: `<workdir>/prepared`.
+    test_fraction: share of DIGITS held out for testing.
+    split_seed: fixes the DIGITS split and its key tones.
+    prompt: public text put after the picture and the sound.
+    vocab_size: SentencePiece vocabulary, special tokens and answers included.
+    image_size: height and width in pixels after resizing.
+    image_channels: 1 (grey) or 3 (RGB).
+    pixel_mean: public constant, subtracted after min-max scaling to [0, 1].
+    pixel_std: public constant, divided by after `pixel_mean`.
+    audio: how recordings become frames; ignored where a source has none.
+    on_bad_record: RAISE names the record; SKIP counts it and goes on.
+    cache: keep decoded records in memory (small data sets).
+  """
+
+  source: Source = Source.DIGITS
+  path: str = ""
+  prepared_dir: str = ""
+  test_fraction: float = 0.2
+  split_seed: int = 0
+  prompt: str = "Which digit is written and dialled?"
+  vocab_size: int = 96
+  image_size: int = 8
+  image_channels: int = 1
+  pixel_mean: float = 0.5
+  pixel_std: float = 0.5
+  audio: AudioConfig = dataclasses.field(default_factory=AudioConfig)
+  on_bad_record: BadRecord = BadRecord.RAISE
+  cache: bool = True
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class LlamaConfig:
+  """Shape of the decoder (Touvron et al. 2023, https://arxiv.org/abs/2302.13971)."""
+
+  vocab_size: int = 32000
+  embed_dim: int = 4096
+  num_layers: int = 32
+  num_heads: int = 32
+  num_kv_heads: int = 32
+  head_dim: int = 128
+  mlp_dim: int = 11008
+  max_seq_len: int = 2048
+  rope_theta: float = 10000.0
+  rms_norm_eps: float = 1e-5
+  tie_embeddings: bool = False
+  remat: bool = False
+  compute_dtype: ComputeDtype = ComputeDtype.FLOAT32
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class ImageStemConfig:
+  """A small CNN: 3x3 convolutions, then one token per pooled patch.
+
+  Attributes:
+    channels: output channels of each convolution; each halves the picture
+      where `strides` says 2.
+    strides: stride of each convolution.
+  """
+
+  channels: tuple[int, ...] = (16, 32)
+  strides: tuple[int, ...] = (1, 2)
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class AudioStemConfig:
+  """One token per `frames_per_token` consecutive frames."""
+
+  frames_per_token: int = 6
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class ModelConfig:
+  """The multimodal network: stems, projectors, decoder."""
+
+  decoder: LlamaConfig = dataclasses.field(default_factory=LlamaConfig)
+  image: ImageStemConfig | None = dataclasses.field(
+    default_factory=ImageStemConfig
+  )
+  audio: AudioStemConfig | None = dataclasses.field(
+    default_factory=AudioStemConfig
+  )
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class AttentionNoiseConfig:
+  """Noise inside attention: a regulariser. It carries no privacy guarantee.
+
+  Attributes:
+    stddev: standard deviation; 0 turns the mechanism off.
+    mode: SCORES or WEIGHTS.
+    at_evaluation: keep the noise on when evaluating.
+    consistency_weight: weight of KL(clean || noisy prediction) in the loss;
+      above 0 it costs a second forward pass.
+  """
+
+  stddev: float = 0.0
+  mode: NoiseMode = NoiseMode.SCORES
+  at_evaluation: bool = False
+  consistency_weight: float = 0.0
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class PrivacyConfig:
+  """Everything the guarantee depends on, and nothing else.
+
+  Exactly one of `epsilon` (then the noise is calibrated) and `noise_multiplier`
+  (then epsilon is computed) is set.
+
+  Attributes:
+    enabled: False trains the same loop without clipping and without noise.
+    epsilon: target, reached from below.
+    delta: probability that the guarantee fails; keep it below 1/N.
+    noise_multiplier: noise standard deviation over sensitivity.
+    l2_clip_norm: bound on each privacy unit's gradient.
+    clipping: PER_EXAMPLE, or a named ablation without a guarantee.
+    noise: False is an ablation without a guarantee.
+    sampler: how batches are drawn; the accountant is told the same.
+    accountant: PLD (tight) or RDP.
+    neighboring_relation: which data sets are neighbours.
+    unit: what is protected.
+    allow_large_delta: accept delta >= 1/N.
+    noise_seed: None draws the root from the operating system's entropy. A seed
+      makes a run repeatable and voids the guarantee towards whoever knows it.
+    sampler_seed: likewise for the batches.
+  """
+
+  enabled: bool = True
+  epsilon: float | None = 8.0
+  delta: float = 1e-5
+  noise_multiplier: float | None = None
+  l2_clip_norm: float = 1.0
+  clipping: Clipping = Clipping.PER_EXAMPLE
+  noise: bool = True
+  sampler: Sampler = Sampler.POISSON
+  accountant: Accountant = Accountant.PLD
+  neighboring_relation: NeighboringRelation = (
+    NeighboringRelation.ADD_OR_REMOVE_ONE
+  )
+  unit: PrivacyUnit = PrivacyUnit.EXAMPLE
+  allow_large_delta: bool = False
+  noise_seed: int | None = None
+  sampler_seed: int | None = None
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class OptimizerConfig:
+  """The optimizer that sees the private mean gradient."""
+
+  name: OptimizerName = OptimizerName.ADAMW
+  learning_rate: float = 1e-3
+  schedule: Schedule = Schedule.COSINE
+  warmup_steps: int = 0
+  beta1: float = 0.9  # SGD's momentum as well.
+  beta2: float = 0.99
+  weight_decay: float = 0.0
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class TrainConfig:
+  """Length and rhythm of training.
+
+  Attributes:
+    num_steps: optimizer steps.
+    expected_batch_size: public divisor of the noisy sum; with Poisson sampling
+      the realised size varies around it.
+    eval_every_steps: evaluate on the test split every so many steps.
+    checkpoint_every_steps: save every so many steps, and at the end.
+    checkpoints_to_keep: older checkpoints are deleted.
+  """
+
+  num_steps: int = 100
+  expected_batch_size: int = 256
+  eval_every_steps: int = 20
+  checkpoint_every_steps: int = 20
+  checkpoints_to_keep: int = 2
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class MeshConfig:
+  """Devices per mesh axis; one axis may be -1, "all that are left"."""
+
+  data: int = -1
+  fsdp: int = 1
+  tensor: int = 1
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class PerfConfig:
+  """What may change speed and memory but neither the result nor the guarantee.
+
+  Attributes:
+    engine: how the clipped sum is computed.
+    microbatch_size: examples per compiled call.
+    data_threads: threads that decode and batch.
+    prefetch_steps: steps of data kept ready.
+  """
+
+  engine: Engine = Engine.VMAP
+  microbatch_size: int = 64
+  data_threads: int = 1
+  prefetch_steps: int = 2
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class ExperimentConfig:
+  """One experiment. `name` is for people; `seed` fixes initial parameters and
+  attention noise (never the DP noise or the sampler: see `PrivacyConfig`)."""
+
+  name: str = "experiment"
+  job: Job = Job.TRAIN
+  seed: int = 0
+  data: DataConfig = dataclasses.field(default_factory=DataConfig)
+  model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+  attention_noise: AttentionNoiseConfig = dataclasses.field(
+    default_factory=AttentionNoiseConfig
+  )
+  privacy: PrivacyConfig = dataclasses.field(default_factory=PrivacyConfig)
+  optimizer: OptimizerConfig = dataclasses.field(
+    default_factory=OptimizerConfig
+  )
+  train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+  mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+  perf: PerfConfig = dataclasses.field(default_factory=PerfConfig)
+
+
+def num_audio_frames(audio: AudioConfig) -> int:
+  """STFT frames of one recording: whole windows only, no padding."""
+  samples = round(audio.max_secs * audio.sample_rate_hz)
+  window = round(audio.window_secs * audio.sample_rate_hz)
+  hop = round(audio.hop_secs * audio.sample_rate_hz)
+  return 1 + (samples - window) // hop
+
+
+def num_audio_tokens(config: ExperimentConfig) -> int:
+  """Tokens that one recording takes in the decoder; 0 without an audio stem."""
+  if config.model.audio is None:
+    return 0
+  frames = num_audio_frames(config.data.audio)
+  return -(-frames // config.model.audio.frames_per_token)
+
+
+def num_image_tokens(config: ExperimentConfig) -> int:
+  """Tokens that one picture takes in the decoder; 0 without an image stem."""
+  if config.model.image is None:
+    return 0
+  size = config.data.image_size
+  for stride in config.model.image.strides:
+    size = -(-size // stride)  # SAME padding.
+  return size * size
+
+
+def validate(config: ExperimentConfig) -> None:
+  """Checks a whole configuration after the flags were applied.
+
+  What needs the data (a batch larger than the data set, delta against 1/N) is
+  checked by `privacy.mechanism.build`.
+
+  Raises:
+    ValueError: names the field, its value, what was expected and what to do.
+  """
+  _validate_privacy(config.privacy)
+  _validate_data(config)
+  _validate_model(config)
+  _validate_training(config)
+
+
+def _validate_privacy(privacy: PrivacyConfig) -> None:
+  checks.in_open_unit_interval(
+    "delta is the probability that the guarantee fails; keep it below 1/N.",
+    **{"privacy.delta": privacy.delta},
+  )
+  checks.positive(**{"privacy.l2_clip_norm": privacy.l2_clip_norm})
+  if (privacy.epsilon is None) == (privacy.noise_multiplier is None):
+    checks.fail(
+      "exactly one of privacy.epsilon and privacy.noise_multiplier",
+      "Set the other one to none, as in --config.privacy.epsilon=none.",
+      **{
+        "privacy.epsilon": privacy.epsilon,
+        "privacy.noise_multiplier": privacy.noise_multiplier,
+      },
+    )
+  if privacy.epsilon is not None:
+    checks.positive(
+      "For a run without a guarantee use --config.privacy.enabled=false.",
+      **{"privacy.epsilon": privacy.epsilon},
+    )
+  if privacy.noise_multiplier is not None:
+    checks.positive(
+      "For a run without noise use --config.privacy.noise=false.",
+      **{"privacy.noise_multiplier": privacy.noise_multiplier},
+    )
+  if privacy.unit is not PrivacyUnit.EXAMPLE:
+    checks.fail(
+      "privacy.unit=EXAMPLE",
+      "User-level units need records grouped by user, which no source has yet.",
+      **{"privacy.unit": privacy.unit.name},
+    )
+
+
+def _validate_data(config: ExperimentConfig) -> None:
+  data = config.data
+  checks.in_open_unit_interval(**{"data.test_fraction": data.test_fraction})
+  checks.positive(
+    **{
+      "data.vocab_size": data.vocab_size,
+      "data.image_size": data.image_size,
+      "data.pixel_std": data.pixel_std,
+    }
+  )
+  if data.image_channels not in (1, 3):
+    checks.fail(
+      "data.image_channels to be 1 (grey) or 3 (RGB)",
+      **{"data.image_channels": data.image_channels},
+    )
+  if data.source is Source.IMAGE_FOLDER and not data.path:
+    checks.fail(
+      "data.path to name a folder with train/<class>/ and test/<class>/",
+      "Set --config.data.path=DIR.",
+      **{"data.path": data.path},
+    )
+  audio = data.audio
+  checks.positive(
+    **{
+      "data.audio.sample_rate_hz": audio.sample_rate_hz,
+      "data.audio.window_secs": audio.window_secs,
+      "data.audio.hop_secs": audio.hop_secs,
+      "data.audio.num_mels": audio.num_mels,
+      "data.audio.num_mfcc": audio.num_mfcc,
+    }
+  )
+  if audio.max_secs < audio.window_secs:
+    checks.fail(
+      "data.audio.max_secs >= data.audio.window_secs",
+      "A recording must hold at least one window.",
+      max_secs=audio.max_secs,
+      window_secs=audio.window_secs,
+    )
+  if audio.num_mfcc > audio.num_mels:
+    checks.fail(
+      "data.audio.num_mfcc <= data.audio.num_mels",
+      num_mfcc=audio.num_mfcc,
+      num_mels=audio.num_mels,
+    )
+  if not 0 <= audio.min_hz < audio.max_hz <= audio.sample_rate_hz / 2:
+    checks.fail(
+      "0 <= data.audio.min_hz < data.audio.max_hz <= sample_rate_hz / 2",
+      min_hz=audio.min_hz,
+      max_hz=audio.max_hz,
+      sample_rate_hz=audio.sample_rate_hz,
+    )
+
+
+def _validate_model(config: ExperimentConfig) -> None:
+  decoder = config.model.decoder
+  checks.positive(
+    **{
+      f"model.decoder.{name}": getattr(decoder, name)
+      for name in (
+        "vocab_size embed_dim num_layers num_heads num_kv_heads head_dim"
+        " mlp_dim max_seq_len rope_theta rms_norm_eps"
+      ).split()
+    }
+  )
+  if decoder.num_heads % decoder.num_kv_heads:
+    checks.fail(
+      "model.decoder.num_heads to be a multiple of num_kv_heads",
+      num_heads=decoder.num_heads,
+      num_kv_heads=decoder.num_kv_heads,
+    )
+  if decoder.head_dim % 2:
+    checks.fail(
+      "an even model.decoder.head_dim",
+      "Rotary embeddings turn pairs of features.",
+      head_dim=decoder.head_dim,
+    )
+  if decoder.vocab_size < config.data.vocab_size:
+    checks.fail(
+      "model.decoder.vocab_size >= data.vocab_size",
+      "The decoder must have a row for every token.",
+      **{
+        "model.decoder.vocab_size": decoder.vocab_size,
+        "data.vocab_size": config.data.vocab_size,
+      },
+    )
+  image = config.model.image
+  if image is not None and len(image.channels) != len(image.strides):
+    checks.fail(
+      "as many model.image.channels as model.image.strides",
+      channels=image.channels,
+      strides=image.strides,
+    )
+  if config.model.audio is not None:
+    checks.positive(
+      **{"model.audio.frames_per_token": config.model.audio.frames_per_token}
+    )
+  noise = config.attention_noise
+  checks.non_negative(
+    **{
+      "attention_noise.stddev": noise.stddev,
+      "attention_noise.consistency_weight": noise.consistency_weight,
+    }
+  )
+
+
+def _validate_training(config: ExperimentConfig) -> None:
+  train, optimizer, mesh = config.train, config.optimizer, config.mesh
+  checks.positive(
+    **{
+      "train.num_steps": train.num_steps,
+      "train.expected_batch_size": train.expected_batch_size,
+      "train.eval_every_steps": train.eval_every_steps,
+      "train.checkpoint_every_steps": train.checkpoint_every_steps,
+      "train.checkpoints_to_keep": train.checkpoints_to_keep,
+      "perf.microbatch_size": config.perf.microbatch_size,
+      "perf.data_threads": config.perf.data_threads,
+      "perf.prefetch_steps": config.perf.prefetch_steps,
+      "optimizer.learning_rate": optimizer.learning_rate,
+    }
+  )
+  checks.non_negative(
+    **{
+      "optimizer.warmup_steps": optimizer.warmup_steps,
+      "optimizer.weight_decay": optimizer.weight_decay,
+    }
+  )
+  for name in ("beta1", "beta2"):
+    value = getattr(optimizer, name)
+    if not 0 <= value < 1:
+      checks.fail(f"0 <= optimizer.{name} < 1", **{f"optimizer.{name}": value})
+  sizes = {axis: getattr(mesh, axis) for axis in ("data", "fsdp", "tensor")}
+  if sum(size == -1 for size in sizes.values()) > 1 or any(
+    size < 1 and size != -1 for size in sizes.values()
+  ):
+    checks.fail(
+      "mesh sizes of at least 1, one of them -1 at most",
+      "-1 takes all the devices that are left.",
+      **sizes,
+    )

@@ -1,0 +1,147 @@
+"""A run's folder: who owns it, what it was made for, where it is by default."""
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
+import pathlib
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from ppnet.core import records
+
+# What may differ between two uses of one folder.
+_NOT_PART_OF_THE_EXPERIMENT = frozenset({"job"})
+_VERSIONED = (
+  "ppnet jax jaxlib flax optax orbax-checkpoint grain dp-accounting numpy"
+).split()
+
+
+class WorkdirError(ValueError):
+  """A folder that cannot be used for this run."""
+
+
+def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """{"a": {"b": 1}} as {"a.b": 1}."""
+  flat = {}
+  for name, item in value.items():
+    if isinstance(item, Mapping):
+      flat |= flatten(item, f"{prefix}{name}.")
+    else:
+      flat[f"{prefix}{name}"] = item
+  return flat
+
+
+def run_name(name: str, overrides: Sequence[str]) -> str:
+  """A folder name from the experiment's name and its "field=value" overrides.
+
+  >>> run_name("quickstart", ["seed=1", "privacy.epsilon=3"])
+  'quickstart-privacy.epsilon=3,seed=1'
+  """
+  kept = sorted(o for o in overrides if o.split("=")[0] != "job")
+  text = "-".join([name, *([",".join(kept)] if kept else [])])
+  text = text.replace("/", "_").replace(" ", "_")
+  if len(text) <= 120:
+    return text
+  # Two long lists of overrides must not meet in one folder.
+  return f"{text[:100]}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+@contextlib.contextmanager
+def opened(
+  path: pathlib.Path, config: Mapping[str, Any]
+) -> Iterator[pathlib.Path]:
+  """Makes the folder, takes it for this process, and writes `config.json`.
+
+  Args:
+    path: the folder.
+    config: the experiment as plain JSON values.
+
+  Yields:
+    The folder.
+
+  Raises:
+    WorkdirError: it cannot be written, another process has it, or it belongs
+      to another configuration; the differing fields are named.
+  """
+  path = pathlib.Path(path)
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+    lock = (path / ".lock").open("w")
+  except OSError as error:
+    raise WorkdirError(
+      f"Expected a --workdir that can be written, got {path} ({error})."
+    ) from error
+  with lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+      raise WorkdirError(
+        f"Another process is using {path}. Wait for it, or pass another"
+        " --workdir."
+      ) from error
+    check_same(path, config)
+    if not (path / "config.json").exists():
+      records.write_json(
+        path / "config.json", {"config": config} | provenance()
+      )
+    yield path
+
+
+def check_same(path: pathlib.Path, config: Mapping[str, Any]) -> None:
+  """Raises `WorkdirError` where `path` belongs to another configuration."""
+  recorded = path / "config.json"
+  if not recorded.exists():
+    return
+  old = flatten(records.read_json(recorded)["config"])
+  new = flatten(config)
+  differing = [
+    f"{name} ({old.get(name)!r} there, {new.get(name)!r} now)"
+    for name in sorted(old.keys() | new.keys())
+    if name not in _NOT_PART_OF_THE_EXPERIMENT
+    and old.get(name) != new.get(name)
+  ]
+  if differing:
+    raise WorkdirError(
+      f"Expected {path} to belong to this configuration, but these fields"
+      f" differ: {'; '.join(differing)}. Nothing was changed. Set them back, or"
+      " pass another --workdir."
+    )
+
+
+def provenance() -> dict[str, Any]:
+  """Commit and package versions, for `config.json`."""
+  return {
+    "commit": _commit(),
+    "python": platform.python_version(),
+    "versions": {name: _version(name) for name in _VERSIONED},
+  }
+
+
+def _version(package: str) -> str | None:
+  """The installed version, or None."""
+  try:
+    return importlib.metadata.version(package)
+  except importlib.metadata.PackageNotFoundError:
+    return None
+
+
+def _commit() -> str | None:
+  """The checkout's commit, "+changes" where it is not clean; else None."""
+
+  def git(*arguments: str) -> str:
+    return subprocess.run(
+      ["git", *arguments],
+      cwd=pathlib.Path(__file__).parent,
+      capture_output=True,
+      text=True,
+      check=True,
+    ).stdout.strip()
+
+  try:
+    changes = "+changes" if git("status", "--porcelain", ".") else ""
+    return git("rev-parse", "HEAD") + changes
+  except (OSError, subprocess.CalledProcessError):
+    return None  # Installed from a wheel, or no git.

@@ -1,0 +1,237 @@
+"""Text: a SentencePiece tokenizer made from public sentences only.
+
+The vocabulary is learnt from sentences that this module writes itself and from
+the prompt in the config, never from records, so the tokenizer reveals nothing
+about them. Special pieces come first: <pad>, <s>, </s>, <unk>, <image>,
+<audio>, then one answer piece per class such as <answer:7>, a spelling that
+ordinary text does not have.
+
+>>> content = train_tokenizer(
+...   public_sentences("Which one?"),
+...   vocab_size=96,
+...   class_names=["cat", "dog"],
+... )
+>>> tokenizer = Tokenizer(content, class_names=["cat", "dog"])
+>>> tokenizer.decode(tokenizer.encode("Which one?"))
+'Which one?'
+"""
+
+import io
+import os
+import pathlib
+import re
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import sentencepiece
+
+from ppnet.core import checks, records
+
+PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
+IMAGE, AUDIO = "<image>", "<audio>"
+# One of SentencePiece's 256 byte pieces costs a vocabulary entry.
+_NUM_BYTES = 256
+
+_TEMPLATES = (
+  "the picture shows the digit {}.",
+  "in this image somebody wrote a {} by hand.",
+  "the key that was pressed is {}.",
+  "this sound is the tone of the number {}.",
+  "which digit is written here? it is {}.",
+  "which digit was dialled? it was {}.",
+  "look at the picture, then listen to the recording: {}.",
+)
+_DIGITS = "0 1 2 3 4 5 6 7 8 9"
+_DIGIT_WORDS = "zero one two three four five six seven eight nine"
+# What the prompt weighs among the sentences: its pieces become long ones,
+# which makes every sequence shorter.
+_PROMPT_REPEATS = 20
+
+
+def answer_piece(class_name: str) -> str:
+  """Returns the piece that stands for a class."""
+  return f"<answer:{class_name}>"
+
+
+def public_sentences(prompt: str) -> list[str]:
+  """Writes the public text that a tokenizer is trained on.
+
+  Args:
+    prompt: the public prompt; every character of it gets a piece.
+
+  Returns:
+    Some hundred sentences about pictures, sounds and digits, and the prompt.
+  """
+  sentences = [
+    template.format(digit)
+    for template in _TEMPLATES
+    for digit in f"{_DIGITS} {_DIGIT_WORDS}".split()
+  ]
+  return sentences + [prompt] * _PROMPT_REPEATS
+
+
+def train_tokenizer(
+  sentences: Iterable[str],
+  *,
+  vocab_size: int,
+  class_names: Sequence[str],
+  model_path: str | os.PathLike[str] | None = None,
+) -> bytes:
+  """Trains a byte-pair SentencePiece model; the same bytes for the same input.
+
+  Text is taken as it is (no Unicode normalisation, spaces kept), so decoding
+  gives back what was encoded wherever the characters are known. Bytes stand in
+  for unknown characters (`byte_fallback`) where the vocabulary has room for
+  256 more pieces.
+
+  Source: Kudo and Richardson 2018, https://arxiv.org/abs/1808.06226, section 3.
+
+  Args:
+    sentences: public text.
+    vocab_size: upper bound on the number of pieces; short text gives fewer.
+    class_names: one answer piece each, in this order.
+    model_path: where to write the model, atomically; None writes nothing.
+
+  Returns:
+    The serialised model.
+
+  Raises:
+    ValueError: the vocabulary cannot hold the special pieces and every
+      character, a class name is repeated, or the text already contains a
+      special piece.
+  """
+  sentences = list(sentences)
+  pieces = [IMAGE, AUDIO, *(answer_piece(name) for name in class_names)]
+  if len(set(pieces)) != len(pieces):
+    checks.fail("class names that differ", class_names=list(class_names))
+  for sentence in sentences:
+    _check_plain(sentence, class_names=class_names)
+  # SentencePiece counts a space as one more character of its own.
+  characters = set("".join(sentences).replace(" ", "\u2581")) | {"\u2581"}
+  smallest = len((PAD, BOS, EOS, UNK)) + len(pieces) + len(characters)
+  if vocab_size < smallest:
+    checks.fail(
+      f"vocab_size >= {smallest}, which is {len(pieces) + 4} special pieces"
+      f" and {len(characters)} characters",
+      "Raise config.data.vocab_size.",
+      vocab_size=vocab_size,
+    )
+  model = io.BytesIO()  # In memory: a path would end up inside the model.
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(sentences),
+    model_writer=model,
+    model_type="bpe",
+    vocab_size=vocab_size,
+    hard_vocab_limit=False,
+    character_coverage=1.0,
+    byte_fallback=vocab_size >= smallest + _NUM_BYTES,
+    normalization_rule_name="identity",
+    remove_extra_whitespaces=False,
+    user_defined_symbols=pieces,
+    pad_id=0,
+    bos_id=1,
+    eos_id=2,
+    unk_id=3,
+    pad_piece=PAD,
+    bos_piece=BOS,
+    eos_piece=EOS,
+    unk_piece=UNK,
+    num_threads=1,  # Byte-pair merges draw nothing, so this fixes the bytes.
+    minloglevel=2,
+  )
+  content = model.getvalue()
+  if model_path is not None:
+    records.write_bytes(pathlib.Path(model_path), content)
+  return content
+
+
+class Tokenizer:
+  """A trained SentencePiece model with the ids of its special pieces.
+
+  Can be pickled. Padding is id 0, so a row of zeros is a row of padding.
+  """
+
+  def __init__(self, model: bytes, *, class_names: Sequence[str]):
+    """Loads a model.
+
+    Args:
+      model: what `train_tokenizer` returned.
+      class_names: the classes it was trained with.
+
+    Raises:
+      ValueError: the bytes are no model, or it lacks a special piece.
+    """
+    self._model = model
+    self._class_names = tuple(class_names)
+    self._processor = sentencepiece.SentencePieceProcessor()
+    try:
+      self._processor.LoadFromSerializedProto(model)
+    except RuntimeError as error:
+      raise ValueError(
+        f"Expected a SentencePiece model, got {len(model)} bytes that are none"
+        f" ({error}). Run the PREPARE job again in an empty prepared_dir."
+      ) from error
+    self.pad_id = self._special_id(PAD)
+    self.bos_id = self._special_id(BOS)
+    self.eos_id = self._special_id(EOS)
+    self.image_id = self._special_id(IMAGE)
+    self.audio_id = self._special_id(AUDIO)
+    answers = [self._special_id(answer_piece(name)) for name in class_names]
+    self.answer_ids = np.array(answers, np.int32)  # [num_classes]
+
+  @classmethod
+  def load(
+    cls, path: str | os.PathLike[str], *, class_names: Sequence[str]
+  ) -> "Tokenizer":
+    """Reads the model at `path`."""
+    return cls(pathlib.Path(path).read_bytes(), class_names=class_names)
+
+  def __reduce__(self):
+    return (_rebuild, (self._model, self._class_names))
+
+  @property
+  def vocab_size(self) -> int:
+    """Number of pieces; every id is below it."""
+    return self._processor.vocab_size()
+
+  def encode(self, text: str) -> list[int]:
+    """Returns the ids of ordinary text, without <s> and </s>.
+
+    Raises:
+      ValueError: the text spells <image>, <audio> or an answer, which would
+        otherwise become that special piece.
+    """
+    _check_plain(text, class_names=self._class_names)
+    return self._processor.encode(text)
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """Returns the text; <image>, <audio> and answers by their spelling."""
+    return self._processor.decode([int(token) for token in ids])
+
+  def _special_id(self, piece: str) -> int:
+    """Returns the id of a special piece that must be there."""
+    token = self._processor.piece_to_id(piece)
+    if self._processor.id_to_piece(token) != piece:
+      checks.fail(
+        f"the tokenizer to have the piece {piece!r}",
+        "Run the PREPARE job again in an empty prepared_dir.",
+        class_names=self._class_names,
+      )
+    return token
+
+
+def _rebuild(model: bytes, class_names: tuple[str, ...]) -> Tokenizer:
+  """Unpickles a `Tokenizer`."""
+  return Tokenizer(model, class_names=class_names)
+
+
+def _check_plain(text: str, *, class_names: Sequence[str]) -> None:
+  """Raises `ValueError` if `text` spells a special piece."""
+  special = [IMAGE, AUDIO, *(answer_piece(name) for name in class_names)]
+  found = re.search("|".join(map(re.escape, special)), text)
+  if found:
+    checks.fail(
+      f"text without {found.group()!r}",
+      "That spelling is reserved for what is not text; use other words.",
+      text=text,
+    )

@@ -1,0 +1,180 @@
+"""Noise-injected attention: one op, its noise keyed explicitly.
+
+    scores:  softmax(q k' / sqrt(H) + stddev * N) v
+    weights: renormalise((softmax(q k' / sqrt(H)) + stddev * N)_+) v
+
+N is i.i.d. standard normal, a function of (key, example, head, query, key
+token) alone (`counter_noise`).
+
+The noise is a regulariser and carries **no privacy guarantee**: under a causal
+mask the first token attends only to itself, so its output is exactly v[0]
+whatever the noise; values and the residual stream pass un-noised; and noise
+inside one example's gradient, before clipping, leaves the sensitivity of the
+clipped sum as it was. Its effect on attacks is measured, never claimed.
+"""
+
+import dataclasses
+import enum
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from ppnet import config as config_lib
+from ppnet.core import checks
+from ppnet.kernels import counter_noise, reference
+
+NoiseMode = config_lib.NoiseMode
+Leaf = Any
+
+
+class Implementation(enum.Enum):
+  """Which code computes the op; all of them compute the same values."""
+
+  REFERENCE = "reference"
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["key", "stddev", "key_token_scale"],
+  meta_fields=["mode"],
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionNoise:
+  """Everything the noise needs, together: absent noise is `None`, not a flag.
+
+  Attributes:
+    key: typed threefry keys, one per example [B]; or one key [] for the whole
+      batch, which is then folded with the example's position.
+    stddev: standard deviation, a scalar or one per head, f32[] or f32[N].
+    mode: whether scores or weights are noised.
+    key_token_scale: factor on stddev per key token, f32[B, S]: above 1 where a
+      token is marked sensitive. None means 1 everywhere.
+  """
+
+  key: Leaf
+  stddev: Leaf
+  mode: NoiseMode = NoiseMode.SCORES
+  key_token_scale: Leaf = None
+
+
+def noisy_attention(
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B S K H"],
+  v: Float[Array, "B S K H"],
+  *,
+  noise: AttentionNoise | None,
+  causal: bool = True,
+  segment_ids: Int[Array, "B T"] | None = None,
+  implementation: Implementation | str | None = None,
+) -> Float[Array, "B T N H"]:
+  """Attention with optional noise; `noise=None` is plain attention.
+
+  Args:
+    q: queries, any float dtype.
+    k: key tokens; N must be a multiple of K (grouped-query attention).
+    v: values.
+    noise: keys and scale of the noise, or None.
+    causal: query t attends to key tokens up to t + S - T.
+    segment_ids: tokens attend only within their segment; needs T = S.
+    implementation: None chooses by platform.
+
+  Returns:
+    One output per query and head, in the dtype of `q`.
+
+  Raises:
+    ValueError: shapes that do not fit, or an unknown implementation.
+    TypeError: keys that are not typed threefry keys.
+  """
+  _resolve(implementation)  # One implementation so far: nothing to dispatch.
+  batch, num_queries, num_heads, _ = q.shape
+  num_keys, num_kv_heads = k.shape[1:3]
+  if num_heads % num_kv_heads:
+    checks.fail(
+      "the number of query heads to be a multiple of the key heads",
+      num_heads=num_heads,
+      num_kv_heads=num_kv_heads,
+    )
+  if segment_ids is not None and num_queries != num_keys:
+    checks.fail(
+      "as many queries as key tokens where segment_ids are given",
+      num_queries=num_queries,
+      num_keys=num_keys,
+    )
+  mask = reference.attention_mask(
+    num_queries, num_keys, causal=causal, segment_ids=segment_ids
+  )
+  score_noise = weight_noise = None
+  if noise is not None:
+    scaled = _scaled_noise(
+      noise,
+      batch=batch,
+      num_heads=num_heads,
+      num_queries=num_queries,
+      num_keys=num_keys,
+    )
+    if noise.mode is NoiseMode.SCORES:
+      score_noise = scaled
+    else:
+      weight_noise = scaled
+  return reference.attention(
+    q,
+    k,
+    v,
+    mask=mask,
+    score_noise=score_noise,
+    weight_noise=weight_noise,
+  )
+
+
+def _resolve(implementation: Implementation | str | None) -> Implementation:
+  """The implementation asked for, or the platform's own."""
+  if implementation is None:
+    return Implementation.REFERENCE
+  try:
+    return Implementation(implementation)
+  except ValueError:
+    known = [member.value for member in Implementation]
+    checks.fail(f"implementation in {known}", implementation=implementation)
+
+
+def _scaled_noise(
+  noise: AttentionNoise,
+  *,
+  batch: int,
+  num_heads: int,
+  num_queries: int,
+  num_keys: int,
+) -> Float[Array, "B N T S"]:
+  """stddev * key_token_scale * N, float32."""
+  keys = noise.key
+  counter_noise.check_threefry(keys)
+  if keys.ndim == 0:
+    positions = jnp.arange(batch, dtype=jnp.uint32)
+    keys = jax.vmap(lambda i: jax.random.fold_in(noise.key, i))(positions)
+  elif keys.shape != (batch,):
+    checks.fail(f"noise.key of shape () or ({batch},)", shape=keys.shape)
+  stddev = jnp.asarray(noise.stddev, jnp.float32)
+  if stddev.shape not in ((), (num_heads,)):
+    checks.fail(
+      f"noise.stddev of shape () or ({num_heads},)", shape=stddev.shape
+    )
+  normal = counter_noise.normal(
+    keys,
+    num_heads=num_heads,
+    # Global positions: a later chunk of queries draws what it would have drawn
+    # in one piece.
+    query_index=jnp.arange(num_queries) + (num_keys - num_queries),
+    key_index=jnp.arange(num_keys),
+  )
+  scaled = normal * jnp.broadcast_to(stddev, (num_heads,))[None, :, None, None]
+  if noise.key_token_scale is not None:
+    if noise.key_token_scale.shape != (batch, num_keys):
+      checks.fail(
+        f"noise.key_token_scale of shape ({batch}, {num_keys})",
+        shape=noise.key_token_scale.shape,
+      )
+    scaled = scaled * noise.key_token_scale[:, None, None, :]
+  return scaled

@@ -1,0 +1,230 @@
+"""Runs one job, or a sweep of jobs, from one config file.
+
+  python -m ppnet.main --config=configs/quickstart.py
+  python -m ppnet.main --config=configs/quickstart.py --workdir=runs/eps1 \\
+      --config.privacy.epsilon=1 --config.seed=3
+  python -m ppnet.main --config=configs/quickstart.py \\
+      --sweep="privacy.epsilon=1,2,4,8;seed=0,1,2" --sweep_shard=0/2
+
+Any field of the configuration is a flag (--config.FIELD=VALUE); "none" unsets
+an optional one. A run that was killed goes on where it was when the same
+command is given again.
+"""
+
+import pathlib
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from ppnet import config as config_lib
+from ppnet import config_args, sweep
+from ppnet.audit import run as audit
+from ppnet.core import checks, records, workdirs
+from ppnet.data import prepare
+from ppnet.report import figures, tables
+from ppnet.train import loop
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "Experiment file, as FILE or FILE:ARG.", lock_config=False
+)
+_WORKDIR = flags.DEFINE_string(
+  "workdir",
+  None,
+  "Folder of this run's records. Default: runs/<name>, followed by the"
+  " overriding flags.",
+)
+_SWEEP = flags.DEFINE_string(
+  "sweep",
+  None,
+  'Grid of runs, one folder each: "FIELD=V1,V2;FIELD=V1,V2". Finished runs are'
+  " not repeated.",
+)
+_SWEEP_SHARD = flags.DEFINE_string(
+  "sweep_shard", "0/1", "i/n: this machine takes every n-th run from i on."
+)
+_SWEEP_COLUMNS = (
+  "accuracy f1 auc_roc epsilon delta noise_multiplier num_steps".split()
+)
+
+
+def train(config: config_lib.ExperimentConfig, workdir: pathlib.Path) -> None:
+  """Trains (or goes on, or finds it done), then prints table and figure."""
+  if (workdir / "summary.json").exists():
+    print(f"{workdir} holds a finished run; nothing is trained again.")
+    summary = records.read_json(workdir / "summary.json")
+  else:
+    experiment = loop.open_experiment(config, workdir)
+    print(_plan(experiment), flush=True)
+    summary, state = loop.train(experiment)
+    attack = audit.loss_attack(experiment, state.params)
+    # Written last: a folder with a summary is a finished run.
+    summary |= {"leakage": attack.advantage, "attack": attack}
+    records.write_json(workdir / "summary.json", summary)
+  figure = figures.training_figure(workdir)
+  print(f"\n{tables.summary_table(summary)}\n\nrecords: {workdir}")
+  print(f"figure:  {figure}")
+
+
+def evaluate(
+  config: config_lib.ExperimentConfig, workdir: pathlib.Path
+) -> None:
+  """Evaluates the newest checkpoint; writes `evaluation.json`."""
+  experiment = loop.open_experiment(config, workdir)
+  state, position = loop.restore(experiment)
+  scores = loop.evaluate(experiment, state.params)
+  claim = experiment.mechanism.claim()
+  evaluation = {
+    "split": "test",
+    "num_steps": int(jax.device_get(state.step)),
+    "epsilon": experiment.mechanism.epsilon_after(position["charged_steps"]),
+    **{
+      name: claim[name]
+      for name in ("delta", "noise_multiplier", "neighboring_relation")
+    },
+    **scores,
+  }
+  records.write_json(workdir / "evaluation.json", evaluation)
+  print(tables.summary_table(evaluation))
+
+
+def prepare_data(
+  config: config_lib.ExperimentConfig, workdir: pathlib.Path
+) -> None:
+  """Turns raw data into what training reads."""
+  folder = loop.prepared_dir(config, workdir)
+  card = prepare.prepare(config.data, folder)
+  print(
+    f"{folder}: {card.num_train} training and {card.num_test} test records,"
+    f" {len(card.class_names)} classes"
+  )
+
+
+_JOBS = {
+  config_lib.Job.TRAIN: train,
+  config_lib.Job.EVALUATE: evaluate,
+  config_lib.Job.PREPARE: prepare_data,
+}
+
+
+def run_job(config: config_lib.ExperimentConfig, workdir: pathlib.Path) -> None:
+  """Runs `config.job` in `workdir`.
+
+  Raises:
+    ValueError: an invalid configuration, or a job that does not exist yet.
+  """
+  config_lib.validate(config)
+  if config.job not in _JOBS:
+    checks.fail(
+      "config.job to be one of " + ", ".join(sorted(job.name for job in _JOBS)),
+      f"{config.job.name} is planned and not there yet.",
+      **{"config.job": config.job.name},
+    )
+  with workdirs.opened(workdir, records.to_plain(config)):
+    _JOBS[config.job](config, workdir)
+
+
+def _plan(experiment: loop.Experiment) -> str:
+  """What is about to happen, in four lines."""
+  config, mechanism = experiment.config, experiment.mechanism
+  claim = mechanism.claim()
+  return "\n".join(
+    [
+      f"{config.name}: {experiment.card.num_train:,} training records,"
+      f" {config_lib.num_image_tokens(config)} image and"
+      f" {config_lib.num_audio_tokens(config)} audio tokens each",
+      f"model: {experiment.program.num_parameters:,} parameters on"
+      f" {jax.device_count()} {jax.default_backend()} device(s)",
+      f"steps: {config.train.num_steps} of about"
+      f" {mechanism.expected_batch_size} records, drawn by"
+      f" {config.privacy.sampler.name} sampling"
+      f" (probability {mechanism.sampling_prob:.4g})",
+      f"guarantee: {claim['guarantee']}",
+    ]
+  )
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+  """Parses the flags, with help and errors about fields of the config."""
+  try:
+    arguments = config_args.Arguments.split(argv)
+    if arguments.wants_help:
+      print(__doc__)
+      print(flags.FLAGS.module_help(sys.modules[__name__]))
+      print(arguments.describe_fields())
+      sys.exit(0)
+    arguments.check_fields()
+  except ValueError as error:
+    sys.exit(f"error: {error}")
+  rest = app.parse_flags_with_usage(arguments.without_none)
+  if _CONFIG.value is None:
+    sys.exit(
+      "error: --config is missing. Try --config=configs/quickstart.py, or"
+      " --help."
+    )
+  arguments.set_none(_CONFIG.value)
+  if len(rest) > 1:
+    sys.exit(f"error: unexpected arguments {rest[1:]}. Flags begin with --.")
+  return list(rest)
+
+
+def _main(argv: Sequence[str]) -> None:
+  """Dispatches to one job or a sweep; a user's mistake ends in one line."""
+  del argv  # `_parse` refuses positional arguments.
+  # Libraries report every backend that is not there; a user cannot act on it.
+  logging.set_verbosity(logging.WARNING)
+  config: Any = _CONFIG.value
+  arguments = config_args.Arguments.split(sys.argv)
+  default = workdirs.run_name(config.name, arguments.overrides)
+  workdir = pathlib.Path(_WORKDIR.value or pathlib.Path("runs") / default)
+  try:
+    if _SWEEP.value is None:
+      run_job(config, workdir)
+    else:
+      _sweep(workdir, arguments)
+  except (ValueError, RuntimeError) as error:
+    if not _raised_by_ppnet(error):
+      raise  # A bug, ours or a library's: the traceback is what helps.
+    sys.exit(f"error: {error}")
+  except KeyboardInterrupt:
+    sys.exit("interrupted; the same command goes on from the last checkpoint")
+
+
+def _sweep(workdir: pathlib.Path, arguments: config_args.Arguments) -> None:
+  """Runs this shard of the grid and prints what all shards have so far."""
+  grid = sweep.parse_grid(_SWEEP.value)
+  arguments.check_fields([o.split("=")[0] for o in grid[0]])
+  rows, failed = sweep.run(
+    grid,
+    flags=arguments.config_flags,
+    workdir=workdir,
+    shard=sweep.parse_shard(_SWEEP_SHARD.value),
+  )
+  if rows:
+    fields = [override.split("=")[0] for override in grid[0]]
+    columns = [*fields, *(c for c in _SWEEP_COLUMNS if c not in fields)]
+    tables.write_csv(workdir / "sweep.csv", rows, columns=columns)
+    print(f"\n{tables.sweep_table(rows, columns)}\n\n{workdir / 'sweep.csv'}")
+  if failed:
+    raise RuntimeError(
+      f"{len(failed)} of {len(grid)} runs failed: {'; '.join(failed)}. Give the"
+      " same command again to repeat them alone."
+    )
+
+
+def _raised_by_ppnet(error: BaseException) -> bool:
+  """Whether a check of ours raised it, and not a library we called."""
+  frames = list(traceback.walk_tb(error.__traceback__))
+  package = pathlib.Path(__file__).parent
+  return (
+    bool(frames)
+    and package in pathlib.Path(frames[-1][0].f_code.co_filename).parents
+  )
+
+
+if __name__ == "__main__":
+  app.run(_main, flags_parser=_parse)

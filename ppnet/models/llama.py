@@ -1,0 +1,200 @@
+"""The Llama decoder (Touvron et al. 2023, https://arxiv.org/abs/2302.13971).
+
+Pre-normalisation with RMSNorm, rotary positions, grouped-query attention and a
+SwiGLU feed-forward block. Layers are stacked and scanned, so that compile time
+does not grow with depth. Attention goes through the noisy attention op.
+
+>>> import jax
+>>> from ppnet import config
+>>> llama = Llama(config.LlamaConfig(
+...   vocab_size=11, embed_dim=8, num_layers=2, num_heads=2, num_kv_heads=1,
+...   head_dim=4, mlp_dim=12, max_seq_len=5))
+>>> tokens = jax.numpy.array([[1, 2, 3]])
+>>> params = llama.init(jax.random.key(0), tokens)["params"]
+>>> llama.apply({"params": params}, tokens).shape
+(1, 3, 11)
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from ppnet import config as config_lib
+from ppnet.core import checks, param_ops
+from ppnet.kernels import noisy_attention
+from ppnet.models import layers
+
+
+class Attention(nn.Module):
+  """Grouped-query attention with rotary positions and optional noise."""
+
+  config: config_lib.LlamaConfig
+  ops: param_ops.ParamOps
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, "B T D"],
+    *,
+    noise: noisy_attention.AttentionNoise | None,
+    positions: Int[Array, "#B T"],
+    segment_ids: Int[Array, "B T"] | None,
+  ) -> Float[Array, "B T D"]:
+    """Attends within each row."""
+    cfg = self.config
+
+    def project(name: str, num_heads: int, axis: str) -> Array:
+      out = layers.Dense(
+        num_heads * cfg.head_dim, ("embed", axis), self.ops, name=name
+      )(x)
+      return out.reshape(*x.shape[:2], num_heads, cfg.head_dim)
+
+    q = project("q_proj", cfg.num_heads, "q_heads")
+    k = project("k_proj", cfg.num_kv_heads, "kv_heads")
+    v = project("v_proj", cfg.num_kv_heads, "kv_heads")
+    q = layers.rotary_embedding(q, positions, theta=cfg.rope_theta)
+    k = layers.rotary_embedding(k, positions, theta=cfg.rope_theta)
+    out = noisy_attention.noisy_attention(
+      q, k, v, noise=noise, segment_ids=segment_ids
+    )
+    return layers.Dense(
+      cfg.embed_dim, ("q_heads", "embed"), self.ops, name="o_proj"
+    )(out.reshape(*x.shape[:2], -1))
+
+
+class FeedForward(nn.Module):
+  """SwiGLU: (silu(x gate) * (x up)) down (Shazeer 2020, eq. 6,
+  https://arxiv.org/abs/2002.05202)."""
+
+  config: config_lib.LlamaConfig
+  ops: param_ops.ParamOps
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """Applies the block to each token."""
+    width = self.config.mlp_dim
+    gate = layers.Dense(width, ("embed", "mlp"), self.ops, name="gate_proj")(x)
+    up = layers.Dense(width, ("embed", "mlp"), self.ops, name="up_proj")(x)
+    return layers.Dense(
+      self.config.embed_dim, ("mlp", "embed"), self.ops, name="down_proj"
+    )(nn.silu(gate) * up)
+
+
+class DecoderLayer(nn.Module):
+  """One block, in the (carry, per-layer input) form that `nn.scan` wants."""
+
+  config: config_lib.LlamaConfig
+  ops: param_ops.ParamOps
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, "B T D"],
+    layer: Int[Array, ""],
+    noise: noisy_attention.AttentionNoise | None,
+    positions: Int[Array, "#B T"],
+    segment_ids: Int[Array, "B T"] | None,
+  ) -> tuple[Float[Array, "B T D"], None]:
+    """Adds attention and feed-forward to the residual stream."""
+    if noise is not None:
+      noise = dataclasses.replace(noise, key=fold_in(noise.key, layer))
+    eps = self.config.rms_norm_eps
+    x = x + Attention(self.config, self.ops, name="attention")(
+      layers.RMSNorm(eps, self.ops, name="attention_norm")(x),
+      noise=noise,
+      positions=positions,
+      segment_ids=segment_ids,
+    )
+    x = x + FeedForward(self.config, self.ops, name="mlp")(
+      layers.RMSNorm(eps, self.ops, name="mlp_norm")(x)
+    )
+    return x, None
+
+
+def fold_in(keys: Array, layer: Array) -> Array:
+  """The layer's own key, for one key or for one per example."""
+  if keys.ndim == 0:
+    return jax.random.fold_in(keys, layer)
+  return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, layer)
+
+
+class Llama(nn.Module):
+  """Tokens (or embeddings that stand in for them) to logits.
+
+  Attributes:
+    config: shape of the decoder.
+    ops: implementation of the parametrised operations.
+  """
+
+  config: config_lib.LlamaConfig
+  ops: param_ops.ParamOps = param_ops.PLAIN
+
+  def setup(self):
+    """Declares embedding, scanned layers, final norm and head."""
+    cfg = self.config
+    self.token_embed = layers.Embed(cfg.vocab_size, cfg.embed_dim, self.ops)
+    layer = DecoderLayer
+    if cfg.remat:
+      # Inside scan the loop already prevents merging across the boundary.
+      layer = nn.remat(layer, prevent_cse=False)
+    self.layers = nn.scan(
+      layer,
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+      length=cfg.num_layers,
+      metadata_params={nn.PARTITION_NAME: "layers"},
+    )(cfg, self.ops)
+    self.final_norm = layers.RMSNorm(cfg.rms_norm_eps, self.ops)
+    if not cfg.tie_embeddings:
+      self.lm_head = layers.Dense(cfg.vocab_size, ("embed", "vocab"), self.ops)
+
+  def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Token embeddings in the compute dtype."""
+    return self.token_embed(
+      tokens, dtype=jnp.dtype(self.config.compute_dtype.value)
+    )
+
+  def __call__(
+    self,
+    tokens: Int[Array, "B T"],
+    *,
+    embeddings: Float[Array, "B T D"] | None = None,
+    noise: noisy_attention.AttentionNoise | None = None,
+    positions: Int[Array, "#B T"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+  ) -> Float[Array, "B T V"]:
+    """Logits of the next token at every position, float32.
+
+    Args:
+      tokens: token ids.
+      embeddings: used in place of the tokens' own embeddings where a picture
+        or a sound takes their place.
+      noise: attention noise; each layer folds its number into the key.
+      positions: rotary positions, 0..T-1 by default.
+      segment_ids: tokens attend only within their segment.
+
+    Raises:
+      ValueError: more tokens than `max_seq_len`.
+    """
+    num_tokens = tokens.shape[1]
+    checks.at_most(
+      self.config.max_seq_len,
+      "Raise model.decoder.max_seq_len or shorten the input.",
+      num_tokens=num_tokens,
+    )
+    if positions is None:
+      positions = jnp.arange(num_tokens)[None]
+    x = self.embed(tokens) if embeddings is None else embeddings
+    x, _ = self.layers(
+      x, jnp.arange(self.config.num_layers), noise, positions, segment_ids
+    )
+    x = self.final_norm(x)
+    if self.config.tie_embeddings:
+      logits = self.token_embed.attend(x)
+    else:
+      logits = self.lm_head(x)
+    return logits.astype(jnp.float32)

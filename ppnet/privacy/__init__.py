@@ -1,0 +1,1 @@
+"""The mechanism: sampling, clipping, noise, accounting, and the ledger."""

@@ -1,0 +1,452 @@
+"""The mechanism: sampler, clipping, noise and accountant, from one config.
+
+This is the one file that joins the others of this folder. What trains, charges
+the ledger or prints an epsilon takes it from the `Mechanism`, so that the noise
+that is added, the batches that are drawn and the epsilon that is claimed cannot
+come apart.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import optax
+
+from ppnet import config as config_lib
+from ppnet.core import checks
+from ppnet.privacy import accounting
+from ppnet.privacy import clipping
+from ppnet.privacy import noise
+from ppnet.privacy import sampling
+
+# Domains of `sampling.root_from_seed`; append only. They keep a config that
+# uses one seed for both from using one root for both.
+_SAMPLER_DOMAIN = 1
+_NOISE_DOMAIN = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mechanism:
+  """One run's mechanism. Made by `build`.
+
+  *Formal guarantee.* If `has_guarantee`, a run that for each step t
+
+  1. takes the examples `sampler.draw(t)`, and no others,
+  2. sums their gradients through `clipped_grad_fn` (several calls add up),
+  3. passes the sum through `privatizer()` with a fresh key, once, and
+  4. uses nothing else that depends on the private examples
+
+  is (`epsilon(T)`, `delta`)-DP after T steps, under `neighboring_relation`, for
+  one `unit`. The number of examples is treated as public. Whoever knows the
+  sampler's root or the noise key is not covered.
+
+  | edge case | result |
+  | --- | --- |
+  | privacy off; clipping or noise ablated; noise multiplier 0 | epsilon inf |
+  | sampler or noise seeded | epsilon as usual; `claim` says "seeded" |
+
+  Attributes:
+    sampler: draws the indices of each step.
+    num_steps: planned number of steps.
+    expected_batch_size: public divisor of the noisy sum.
+    noise_multiplier: noise standard deviation over sensitivity; 0 if no noise
+      is added.
+    noise_stddev: standard deviation of the noise on the sum.
+    sensitivity: of the sum, under `neighboring_relation`; inf if unbounded.
+    l2_clip_norm: bound on each unit's gradient (PER_EXAMPLE clipping).
+    clipping: what is clipped.
+    engine: how the sum is computed.
+    delta: probability that the guarantee fails.
+    epsilon_budget: target that the noise was calibrated to, or None.
+    accountant: how epsilon is computed.
+    neighboring_relation: which data sets are neighbours.
+    unit: what one unit of protection is.
+    has_guarantee: whether any finite epsilon can be claimed.
+    why_not: why there is no guarantee; empty if there is one.
+    sampler_seeded: whether the sampler's root comes from the config.
+    noise_seeded: whether the noise root comes from the config.
+    epsilon_curve: what `epsilon_after` reads.
+  """
+
+  sampler: sampling.PoissonSampler | sampling.FullBatchSampler
+  num_steps: int
+  expected_batch_size: int
+  noise_multiplier: float
+  noise_stddev: float
+  sensitivity: float
+  l2_clip_norm: float
+  clipping: config_lib.Clipping
+  engine: config_lib.Engine
+  delta: float
+  epsilon_budget: float | None
+  accountant: config_lib.Accountant
+  neighboring_relation: config_lib.NeighboringRelation
+  unit: config_lib.PrivacyUnit
+  has_guarantee: bool
+  why_not: str
+  sampler_seeded: bool
+  noise_seeded: bool
+  epsilon_curve: accounting.EpsilonCurve
+
+  @property
+  def sampling_prob(self) -> float:
+    """Probability that an example joins a step: that of the sampler."""
+    return self.sampler.sampling_prob
+
+  def clipped_grad_fn(
+    self,
+    loss_fn: clipping.LossFn,
+    *,
+    has_aux: bool = False,
+    microbatch_size: int | None = None,
+  ) -> clipping.GradFn:
+    """Returns the gradient callable whose sum `privatizer` protects.
+
+    Under `Clipping.BATCH` it leaves the sum alone, since it may see only a part
+    of the batch; `finish_sum` clips the total.
+
+    Args:
+      loss_fn: see `clipping.clipped_grad`.
+      has_aux: whether `loss_fn` returns aux.
+      microbatch_size: examples whose gradients are held at once.
+    """
+    if self.clipping is config_lib.Clipping.PER_EXAMPLE:
+      return clipping.clipped_grad(
+        loss_fn,
+        l2_clip_norm=self.l2_clip_norm,
+        engine=self.engine,
+        microbatch_size=microbatch_size,
+        has_aux=has_aux,
+      )
+    return clipping.unprotected_grad(
+      loss_fn,
+      clipping=config_lib.Clipping.NONE,
+      l2_clip_norm=self.l2_clip_norm,
+      microbatch_size=microbatch_size,
+      has_aux=has_aux,
+    )
+
+  def finish_sum(self, grad_sum: Any, *, num_examples: Any) -> Any:
+    """Last step on the total of a batch, before the noise.
+
+    The identity, except in the ablation `Clipping.BATCH`, which clips the mean.
+
+    Args:
+      grad_sum: sum over the whole batch, float32 leaves.
+      num_examples: number of real examples in it, a scalar array.
+    """
+    if self.clipping is config_lib.Clipping.BATCH:
+      return clipping.clip_batch_mean(
+        grad_sum, num_examples=num_examples, l2_clip_norm=self.l2_clip_norm
+      )
+    return grad_sum
+
+  def privatizer(self) -> optax.GradientTransformationExtraArgs:
+    """Returns the transformation that adds the noise."""
+    return noise.gaussian_privatizer(noise_stddev=self.noise_stddev)
+
+  def epsilon(self, num_steps: int) -> float:
+    """Exact epsilon after `num_steps`; inf without a guarantee."""
+    if not self.has_guarantee:
+      # Even after 0 steps: nothing is claimed for this mechanism.
+      return math.inf
+    return accounting.epsilon(
+      noise_multiplier=self.noise_multiplier,
+      sampling_prob=self.sampling_prob,
+      num_steps=num_steps,
+      delta=self.delta,
+      accountant=self.accountant,
+      neighboring_relation=self.neighboring_relation,
+    )
+
+  def epsilon_after(self, steps: int) -> float:
+    """Upper bound on epsilon, cheap to ask at every step of a run.
+
+    Exact at `num_steps` and above, rounded up to one of 64 step counts below;
+    for the ledger and the progress bar. inf without a guarantee.
+    """
+    return self.epsilon_curve(steps) if self.has_guarantee else math.inf
+
+  def claim(self) -> dict[str, Any]:
+    """What this run claims, for the ledger and the summary: plain values."""
+    return {
+      "noise_multiplier": self.noise_multiplier,
+      "noise_stddev": self.noise_stddev,
+      "sampling_prob": self.sampling_prob,
+      "sampler": _sampler_name(self.sampler),
+      "accountant": self.accountant.name,
+      "neighboring_relation": self.neighboring_relation.name,
+      "unit": self.unit.name,
+      "delta": self.delta,
+      "epsilon_budget": self.epsilon_budget,
+      "sensitivity": self.sensitivity,
+      "l2_clip_norm": self.l2_clip_norm,
+      "clipping": self.clipping.name,
+      "num_examples": self.sampler.num_examples,
+      "expected_batch_size": self.expected_batch_size,
+      "num_steps": self.num_steps,
+      "sampler_seeded": self.sampler_seeded,
+      "noise_seeded": self.noise_seeded,
+      "has_guarantee": self.has_guarantee,
+      "guarantee": self._guarantee(),
+    }
+
+  def _guarantee(self) -> str:
+    """One sentence for people."""
+    if not self.has_guarantee:
+      return f"No guarantee (epsilon = inf): {self.why_not}."
+    relation = {
+      config_lib.NeighboringRelation.ADD_OR_REMOVE_ONE: (
+        "adding or removing one"
+      ),
+      config_lib.NeighboringRelation.REPLACE_ONE: "replacing one",
+    }[self.neighboring_relation]
+    seeded = [
+      name
+      for name, is_seeded in (
+        ("sampler", self.sampler_seeded),
+        ("noise", self.noise_seeded),
+      )
+      if is_seeded
+    ]
+    caveat = ""
+    if seeded:
+      caveat = ", except towards whoever knows the seed of the " + (
+        " and the ".join(seeded)
+      )
+    return (
+      f"{self.num_steps} steps are ({self.epsilon(self.num_steps):.4g},"
+      f" {self.delta:.4g})-differentially private with respect to {relation}"
+      f" training {self.unit.value} ({_sampler_name(self.sampler)} sampling,"
+      f" {self.accountant.name} accountant){caveat}."
+    )
+
+
+def build(
+  config: config_lib.ExperimentConfig,
+  num_examples: int,
+  *,
+  sampler_root: int | None = None,
+) -> Mechanism:
+  """Builds the mechanism of an experiment on `num_examples` examples.
+
+  *Formal guarantee.* See `Mechanism`. Where the config names an epsilon, the
+  noise is calibrated so that `epsilon(num_steps)` is at most that, and at least
+  99.8 % of it.
+
+  | edge case | result |
+  | --- | --- |
+  | `privacy.enabled` False | same sampler, no clipping, no noise |
+  | a clipping ablation | the noise of the row it is compared with |
+  | `privacy.noise` False | noise multiplier 0 |
+  | unit USER | `ValueError`: not supported yet |
+
+  Args:
+    config: the experiment; `privacy`, `train` and `perf.engine` are read.
+    num_examples: size of the training set; treated as public.
+    sampler_root: 128 secret bits that all hosts agree on. None takes them from
+      `privacy.sampler_seed`, or else from this machine's entropy.
+
+  Raises:
+    ValueError: the settings contradict each other or the data, or no correct
+      epsilon is known for them. The message names both sides.
+  """
+  privacy = config.privacy
+  _check(config, num_examples)
+  sampler = _sampler(config, num_examples, sampler_root)
+  why_not = _why_no_guarantee(privacy)
+  has_noise = privacy.enabled and privacy.noise
+  noise_multiplier = 0.0
+  if has_noise:
+    noise_multiplier = _noise_multiplier(config, sampler.sampling_prob)
+  clip = privacy.clipping if privacy.enabled else config_lib.Clipping.NONE
+  bounded = _per_example_sensitivity(privacy) if privacy.enabled else math.inf
+  has_bound = clip is config_lib.Clipping.PER_EXAMPLE
+  return Mechanism(
+    sampler=sampler,
+    num_steps=config.train.num_steps,
+    expected_batch_size=config.train.expected_batch_size,
+    noise_multiplier=noise_multiplier,
+    # A clipping ablation has no finite sensitivity to scale by. It gets the
+    # noise of the run it is compared with, so that only the clipping differs.
+    noise_stddev=noise_multiplier * bounded if has_noise else 0.0,
+    sensitivity=bounded if has_bound else math.inf,
+    l2_clip_norm=float(privacy.l2_clip_norm),
+    clipping=clip,
+    engine=config.perf.engine,
+    delta=float(privacy.delta),
+    epsilon_budget=None if why_not else privacy.epsilon,
+    accountant=privacy.accountant,
+    neighboring_relation=privacy.neighboring_relation,
+    unit=privacy.unit,
+    has_guarantee=not why_not,
+    why_not=why_not,
+    sampler_seeded=privacy.sampler_seed is not None,
+    noise_seeded=privacy.noise_seed is not None,
+    epsilon_curve=accounting.EpsilonCurve(
+      noise_multiplier=noise_multiplier,
+      sampling_prob=sampler.sampling_prob,
+      num_steps=config.train.num_steps,
+      delta=float(privacy.delta),
+      accountant=privacy.accountant,
+      neighboring_relation=privacy.neighboring_relation,
+    ),
+  )
+
+
+def noise_root_entropy(config: config_lib.ExperimentConfig) -> int:
+  """Returns 128 bits for the root key of the DP noise.
+
+  *Formal guarantee.* Secret, fresh bits of the operating system's entropy,
+  unless `privacy.noise_seed` is set; then they are known to whoever knows it.
+  """
+  seed = config.privacy.noise_seed
+  if seed is None:
+    return sampling.root_from_entropy()
+  return sampling.root_from_seed(seed, domain=_NOISE_DOMAIN)
+
+
+def _check(config: config_lib.ExperimentConfig, num_examples: int) -> None:
+  """Raises for settings that contradict each other or the data."""
+  privacy = config.privacy
+  checks.positive(num_examples=num_examples)
+  checks.positive(
+    num_steps=config.train.num_steps,
+    expected_batch_size=config.train.expected_batch_size,
+  )
+  if config.train.expected_batch_size > num_examples:
+    checks.fail(
+      "expected_batch_size <= num_examples",
+      f"Use --config.train.expected_batch_size={num_examples} or less.",
+      expected_batch_size=config.train.expected_batch_size,
+      num_examples=num_examples,
+    )
+  if (
+    privacy.sampler is config_lib.Sampler.FULL_BATCH
+    and config.train.expected_batch_size != num_examples
+  ):
+    checks.fail(
+      "expected_batch_size == num_examples for the FULL_BATCH sampler",
+      f"Use --config.train.expected_batch_size={num_examples}, or the POISSON"
+      " sampler.",
+      expected_batch_size=config.train.expected_batch_size,
+      num_examples=num_examples,
+    )
+  if not privacy.enabled:
+    return
+  if privacy.unit is not config_lib.PrivacyUnit.EXAMPLE:
+    checks.fail(
+      "privacy.unit EXAMPLE",
+      "Clipping per user is not supported yet: without it the claim would"
+      " cover one example of a user, not the user.",
+      unit=privacy.unit.name,
+    )
+  checks.positive(l2_clip_norm=privacy.l2_clip_norm)
+  checks.in_open_unit_interval(delta=privacy.delta)
+  if privacy.delta * num_examples >= 1 and not privacy.allow_large_delta:
+    checks.fail(
+      f"delta < 1/num_examples = {1 / num_examples:.3g}",
+      "Publishing one random example whole would satisfy such a delta. Lower"
+      " --config.privacy.delta, or set --config.privacy.allow_large_delta.",
+      delta=privacy.delta,
+      num_examples=num_examples,
+    )
+  if privacy.noise and (privacy.epsilon is None) == (
+    privacy.noise_multiplier is None
+  ):
+    checks.fail(
+      "exactly one of privacy.epsilon and privacy.noise_multiplier",
+      "Set the other to None.",
+      epsilon=privacy.epsilon,
+      noise_multiplier=privacy.noise_multiplier,
+    )
+
+
+def _sampler(
+  config: config_lib.ExperimentConfig,
+  num_examples: int,
+  sampler_root: int | None,
+) -> sampling.PoissonSampler | sampling.FullBatchSampler:
+  """The sampler that the config names."""
+  match config.privacy.sampler:
+    case config_lib.Sampler.FULL_BATCH:
+      return sampling.FullBatchSampler(num_examples=num_examples)
+    case config_lib.Sampler.POISSON:
+      seed = config.privacy.sampler_seed
+      if sampler_root is None:
+        sampler_root = (
+          sampling.root_from_entropy()
+          if seed is None
+          else sampling.root_from_seed(seed, domain=_SAMPLER_DOMAIN)
+        )
+      return sampling.PoissonSampler(
+        num_examples=num_examples,
+        sampling_prob=config.train.expected_batch_size / num_examples,
+        root=sampler_root,
+      )
+  checks.fail(
+    "a sampler that the accountant covers", sampler=config.privacy.sampler
+  )
+
+
+def _sampler_name(
+  sampler: sampling.PoissonSampler | sampling.FullBatchSampler,
+) -> str:
+  """The config's name of a sampler."""
+  if isinstance(sampler, sampling.FullBatchSampler):
+    return config_lib.Sampler.FULL_BATCH.name
+  return config_lib.Sampler.POISSON.name
+
+
+def _noise_multiplier(
+  config: config_lib.ExperimentConfig, sampling_prob: float
+) -> float:
+  """The given noise multiplier, or the one that reaches the target."""
+  privacy = config.privacy
+  if privacy.noise_multiplier is not None:
+    checks.non_negative(noise_multiplier=privacy.noise_multiplier)
+    accounting.check_supported(
+      sampling_prob=sampling_prob,
+      accountant=privacy.accountant,
+      neighboring_relation=privacy.neighboring_relation,
+    )
+    return float(privacy.noise_multiplier)
+  return accounting.calibrate_noise_multiplier(
+    epsilon=float(privacy.epsilon),
+    delta=float(privacy.delta),
+    sampling_prob=sampling_prob,
+    num_steps=config.train.num_steps,
+    accountant=privacy.accountant,
+    neighboring_relation=privacy.neighboring_relation,
+  )
+
+
+def _per_example_sensitivity(privacy: config_lib.PrivacyConfig) -> float:
+  """Sensitivity of the per-example clipped sum, from the callable itself."""
+  return clipping.clipped_grad(
+    _no_loss, l2_clip_norm=float(privacy.l2_clip_norm)
+  ).sensitivity(privacy.neighboring_relation)
+
+
+def _no_loss(params: Any, batch: Any) -> Any:
+  """Stands in where only the sensitivity is asked for."""
+  del params, batch  # Never called.
+  raise NotImplementedError("This function is never called.")
+
+
+def _why_no_guarantee(privacy: config_lib.PrivacyConfig) -> str:
+  """Why there is no guarantee; empty if there is one."""
+  reasons = []
+  if not privacy.enabled:
+    return "privacy is off, gradients are neither clipped nor noised"
+  if privacy.clipping is config_lib.Clipping.NONE:
+    reasons.append("gradients are not clipped")
+  if privacy.clipping is config_lib.Clipping.BATCH:
+    reasons.append(
+      "the batch gradient is clipped, which bounds no example's influence"
+    )
+  if not privacy.noise:
+    reasons.append("no noise is added")
+  elif privacy.noise_multiplier == 0:
+    reasons.append("the noise multiplier is 0")
+  return "; ".join(reasons)

@@ -1,0 +1,92 @@
+"""Grids of runs: one folder and one process each, restartable, shardable."""
+
+import itertools
+import pathlib
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from ppnet.core import checks, records, workdirs
+
+
+def parse_grid(text: str) -> list[tuple[str, ...]]:
+  """Every combination of a sweep, as ("field=value", ...).
+
+  >>> parse_grid("privacy.epsilon=1,8;seed=0,1")[1]
+  ('privacy.epsilon=1', 'seed=1')
+
+  Raises:
+    ValueError: a part is not FIELD=VALUE,VALUE, or a field comes twice.
+  """
+  axes = []
+  for part in text.split(";"):
+    field, equals, values = part.strip().partition("=")
+    choices = [value.strip() for value in values.split(",")]
+    if not (field and equals and all(choices)):
+      checks.fail(
+        "--sweep to be FIELD=VALUE,VALUE;FIELD=VALUE,VALUE",
+        'For instance --sweep="privacy.epsilon=1,8;seed=0,1,2".',
+        part=part,
+      )
+    axes.append([f"{field}={value}" for value in choices])
+  fields = [axis[0].split("=")[0] for axis in axes]
+  if len(set(fields)) != len(fields):
+    checks.fail("each field of --sweep once", fields=fields)
+  return list(itertools.product(*axes))
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+  """(i, n) from "i/n".
+
+  Raises:
+    ValueError: not 0 <= i < n.
+  """
+  index, _, count = text.partition("/")
+  if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+    checks.fail("--sweep_shard=i/n with 0 <= i < n", sweep_shard=text)
+  return int(index), int(count)
+
+
+def run(
+  runs: Sequence[tuple[str, ...]],
+  *,
+  flags: Sequence[str],
+  workdir: pathlib.Path,
+  shard: tuple[int, int],
+) -> tuple[list[dict[str, Any]], list[str]]:
+  """Runs this shard's part of the grid, skipping what is finished.
+
+  Each run is a process of its own, so one that fails takes no other with it.
+
+  Args:
+    runs: from `parse_grid`.
+    flags: the command line's own flags, without the sweep's.
+    workdir: holds one folder per run.
+    shard: (i, n): runs i, i + n, i + 2 n, ...
+
+  Returns:
+    One row per run of the whole grid that has a summary, this shard's and the
+    others' (the swept fields and the summary's numbers); and the runs that
+    failed here, by their overrides.
+  """
+  index, count = shard
+  failed = []
+  for number, overrides in enumerate(runs):
+    folder = workdir / workdirs.run_name("run", overrides)
+    if number % count != index or (folder / "summary.json").exists():
+      continue
+    print(f"[{number + 1}/{len(runs)}] {', '.join(overrides)}", flush=True)
+    command = [sys.executable, "-m", "ppnet.main", *flags]
+    command += [f"--config.{override}" for override in overrides]
+    command += [f"--workdir={folder}"]
+    if subprocess.run(command, check=False).returncode:
+      failed.append(", ".join(overrides))
+  rows = []
+  for overrides in runs:
+    summary = workdir / workdirs.run_name("run", overrides) / "summary.json"
+    if summary.exists():
+      swept = dict(override.split("=", 1) for override in overrides)
+      # What was reached comes under its own name beside what was asked for.
+      rows.append(records.read_json(summary) | swept)
+  return rows, failed

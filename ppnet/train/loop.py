@@ -1,0 +1,479 @@
+"""The one training loop: draw, accumulate, charge, update, record, save.
+
+What is written, and when, decides whether a killed run can still be trusted:
+
+1. The ledger is charged, durably, before the step is dispatched.
+2. Metrics of step t - 1 are fetched after step t was dispatched, so the device
+   does not wait for the host.
+3. A checkpoint holds parameters, optimizer, data position and the ledger's
+   count together. A resumed run starts from it and re-writes later metrics.
+"""
+
+import dataclasses
+import pathlib
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+
+from ppnet import config as config_lib
+from ppnet.core import checks, prng
+from ppnet.data import pipeline, prepare, text
+from ppnet.privacy import ledger as ledger_lib
+from ppnet.privacy import mechanism as mechanism_lib
+from ppnet.train import checkpoint, metrics
+from ppnet.train import program as program_lib
+from ppnet.train import state as state_lib
+
+
+class NonFiniteError(RuntimeError):
+  """Training produced infinities or NaNs and cannot go on."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+  """Everything a job needs, opened once.
+
+  Attributes:
+    config: the experiment.
+    workdir: where its records are.
+    card: what the data are.
+    tokenizer: of the same data.
+    mechanism: sampler, clip, noise and accountant.
+    program: the compiled pieces.
+    bad_records: counts what could not be decoded.
+  """
+
+  config: config_lib.ExperimentConfig
+  workdir: pathlib.Path
+  card: prepare.Card
+  tokenizer: text.Tokenizer
+  mechanism: mechanism_lib.Mechanism
+  program: program_lib.Program
+  bad_records: pipeline.BadRecords
+
+  def examples(self, split: str) -> Any:
+    """The examples of one split."""
+    return pipeline.examples(
+      self.config,
+      prepared_dir(self.config, self.workdir),
+      split=split,
+      bad_records=self.bad_records,
+    )
+
+
+def prepared_dir(
+  config: config_lib.ExperimentConfig, workdir: pathlib.Path
+) -> pathlib.Path:
+  """Where the prepared data are."""
+  return pathlib.Path(config.data.prepared_dir or workdir / "prepared")
+
+
+def open_experiment(
+  config: config_lib.ExperimentConfig,
+  workdir: pathlib.Path,
+  *,
+  devices: list[jax.Device] | None = None,
+) -> Experiment:
+  """Prepares the data if needed and builds mechanism and program.
+
+  Raises:
+    ValueError: data, mechanism, mesh and model do not fit each other.
+  """
+  folder = prepared_dir(config, workdir)
+  card = prepare.prepare(config.data, folder)
+  mechanism = mechanism_lib.build(config, card.num_train)
+  tokenizer = text.Tokenizer.load(
+    folder / prepare.TOKENIZER_NAME, class_names=card.class_names
+  )
+  bad_records = pipeline.BadRecords()
+  # Shapes only: skipping keeps a bad first record from ending the run here.
+  probe = dataclasses.replace(
+    config,
+    data=dataclasses.replace(
+      config.data, on_bad_record=config_lib.BadRecord.SKIP, cache=False
+    ),
+  )
+  example = pipeline.examples(probe, folder, split="train")[0]
+  return Experiment(
+    config=config,
+    workdir=workdir,
+    card=card,
+    tokenizer=tokenizer,
+    mechanism=mechanism,
+    program=program_lib.build(
+      config,
+      mechanism,
+      example,
+      image_id=tokenizer.image_id,
+      audio_id=tokenizer.audio_id,
+      devices=devices,
+    ),
+    bad_records=bad_records,
+  )
+
+
+def train(
+  experiment: Experiment, *, log: Any = sys.stderr
+) -> tuple[dict[str, Any], state_lib.TrainState]:
+  """Trains to the end, or to the end of the budget, and saves the result.
+
+  Args:
+    experiment: from `open_experiment`.
+    log: where the progress bar goes.
+
+  Returns:
+    The run's final numbers, for `summary.json`, and the final state.
+
+  Raises:
+    NonFiniteError: the loss or the parameters are not finite any more.
+    ValueError: the workdir's checkpoints and ledger do not belong together.
+    data.sources.BadRecordError: a record cannot be decoded, under RAISE.
+  """
+  run = _Run(experiment)
+  try:
+    # Only explicit transfers: an implicit one in the loop is a stall.
+    with jax.transfer_guard("disallow"):
+      stopped = run.steps(log)
+    return run.finish(stopped_by_budget=stopped), run.state
+  finally:
+    run.close()
+
+
+def evaluate(
+  experiment: Experiment, params: Any, *, split: str = "test"
+) -> dict[str, float]:
+  """Loss, accuracy, macro F1 and AUC over one split.
+
+  Args:
+    experiment: from `open_experiment`.
+    params: parameters on the program's mesh.
+    split: "train" or "test".
+  """
+  losses, logits, labels = predictions(experiment, params, split=split)
+  return {"loss": float(losses.mean())} | metrics.classification(
+    labels, logits, answer_ids=experiment.tokenizer.answer_ids
+  )
+
+
+def predictions(
+  experiment: Experiment, params: Any, *, split: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Per-record losses f32[n], answer logits f32[n, V] and labels i32[n].
+
+  Every readable record of the split once, in order.
+  """
+  program = experiment.program
+  rows = []
+  for batch in pipeline.eval_batches(
+    experiment.examples(split),
+    batch_size=experiment.config.perf.microbatch_size,
+  ):
+    real = ~batch["is_padding_example"]
+    loss, logits = jax.device_get(
+      program.evaluate(params, program.put_batch(batch), program.root_key)
+    )
+    rows.append((loss[real], logits[real], batch["label"][real]))
+  losses, logits, labels = (
+    np.concatenate(part) for part in zip(*rows, strict=True)
+  )
+  return losses, logits, labels
+
+
+def restore(
+  experiment: Experiment,
+) -> tuple[state_lib.TrainState, dict[str, Any]]:
+  """The newest checkpoint of a workdir.
+
+  Raises:
+    ValueError: there is none.
+  """
+  folder = experiment.workdir / "checkpoints"
+  saved = checkpoint.Checkpoints(
+    folder, keep=experiment.config.train.checkpoints_to_keep
+  )
+  try:
+    step = saved.latest_step()
+    if step is None:
+      checks.fail(
+        "a workdir with a checkpoint",
+        "Train first, with the same --workdir.",
+        workdir=str(experiment.workdir),
+      )
+    return saved.restore(experiment.program.abstract_state, step=step)
+  finally:
+    saved.close()
+
+
+class _Run:
+  """One process's share of a run: the state between steps and the open files."""
+
+  def __init__(self, experiment: Experiment):
+    config = experiment.config
+    self._experiment = experiment
+    self._config = config
+    self._program = experiment.program
+    self._mechanism = experiment.mechanism
+    self._checkpoints = checkpoint.Checkpoints(
+      experiment.workdir / "checkpoints",
+      keep=config.train.checkpoints_to_keep,
+    )
+    self._steps_data = iter(
+      pipeline.train_steps(
+        experiment.examples("train"),
+        draw=self._mechanism.sampler.draw,
+        num_steps=config.train.num_steps,
+        microbatch_size=config.perf.microbatch_size,
+        num_threads=config.perf.data_threads,
+        prefetch_steps=config.perf.prefetch_steps,
+      )
+    )
+    self.state, self._ledger = self._start()
+    self._start_step = int(jax.device_get(self.state.step))
+    self._step = self._start_step
+    self._noise_key = self._program.put(
+      prng.root(mechanism_lib.noise_root_entropy(config))
+    )
+    self._clips_each_example = (
+      self._mechanism.clipping is config_lib.Clipping.PER_EXAMPLE
+    )
+    self._writer = metrics.Writer(
+      experiment.workdir, start_step=self._start_step
+    )
+
+  def _start(self) -> tuple[state_lib.TrainState, ledger_lib.Ledger]:
+    """Fresh state and ledger, or the newest checkpoint's."""
+    path = self._experiment.workdir / "privacy.json"
+    claim = self._mechanism.claim()
+    epsilon_after = self._mechanism.epsilon_after
+    step = self._checkpoints.latest_step()
+    if step is None and not path.exists():
+      ledger = ledger_lib.Ledger.create(
+        path, claim, epsilon_after=epsilon_after
+      )
+      return self._program.init(), ledger
+    # Raises where the ledger is missing, damaged, or older than the checkpoint.
+    ledger = ledger_lib.Ledger.load(
+      path, claim, epsilon_after=epsilon_after, resumed_at_step=step or 0
+    )
+    if step is None:  # Killed before the first checkpoint was complete.
+      return self._program.init(), ledger
+    state, position = self._checkpoints.restore(
+      self._program.abstract_state, step=step
+    )
+    if position["charged_steps"] > ledger.charged_steps:
+      checks.fail(
+        f"{path} to have charged what the checkpoint has",
+        "The ledger is older than the checkpoint. Restore the newer ledger.",
+        checkpoint=position["charged_steps"],
+        ledger=ledger.charged_steps,
+      )
+    self._steps_data.set_state(position["data"])
+    return state, ledger
+
+  def steps(self, log: Any) -> bool:
+    """Runs what is left; True where the budget ended it early."""
+    train = self._config.train
+    bar = tqdm.tqdm(
+      total=train.num_steps,
+      initial=self._start_step,
+      desc=self._config.name,
+      unit="step",
+      file=log,
+      dynamic_ncols=True,
+      mininterval=0.1 if log.isatty() else 10.0,
+    )
+    pending = None
+    started = time.perf_counter()
+    with bar:
+      for data in self._steps_data:
+        step = data["step"]
+        try:
+          self._ledger.charge(step)
+        except ledger_lib.BudgetExhausted as error:
+          self._report(pending, bar, started)
+          bar.write(f"Stopped before step {step + 1}: {error}", file=log)
+          return True
+        dispatched = self._dispatch(data)
+        self._report(pending, bar, started)
+        pending = (step, *dispatched)
+        self._step = step + 1
+        evaluating = self._step % train.eval_every_steps == 0
+        saving = self._step % train.checkpoint_every_steps == 0
+        if evaluating or saving or self._step == train.num_steps:
+          # Nothing is saved before its own metrics were seen to be finite.
+          self._report(pending, bar, started)
+          pending = None
+        if evaluating and self._step < train.num_steps:
+          self._evaluate()
+        if saving and self._step < train.num_steps:
+          self._save()
+    return False
+
+  def _dispatch(self, data: Mapping[str, Any]) -> tuple[list[Any], Any]:
+    """Sends one step to the device; returns its unfetched diagnostics."""
+    program = self._program
+    grad_sum = program.init_grad_sum(self.state.params)
+    parts = []
+    for microbatch in _rows(data["microbatches"]):
+      grad_sum, part = program.accumulate(
+        grad_sum,
+        self.state.params,
+        program.put_batch(microbatch),
+        program.root_key,
+        self.state.step,
+      )
+      parts.append(part)
+    self.state, scalars = program.update(
+      self.state, grad_sum, self._noise_key
+    )
+    del grad_sum  # Donated, and private.
+    return parts, scalars
+
+  def _report(self, pending: Any, bar: Any, started: float) -> None:
+    """Fetches and writes a step's metrics; raises if they are not finite."""
+    if pending is None:
+      return
+    step, parts, scalars = pending
+    parts, scalars = jax.device_get((parts, scalars))
+    noise = self._config.attention_noise
+    row = metrics.step_metrics(
+      parts,
+      scalars,
+      l2_clip_norm=(
+        self._mechanism.l2_clip_norm
+        if self._clips_each_example
+        else None
+      ),
+      consistency_weight=noise.consistency_weight if noise.stddev else 0.0,
+    )
+    self._check_finite(row, scalars, step=step + 1)
+    done = step + 1 - self._start_step
+    rate = (
+      done
+      * self._mechanism.expected_batch_size
+      / max(time.perf_counter() - started, 1e-9)
+    )
+    epsilon = self._ledger.epsilon
+    self._writer.write(
+      {
+        "split": "train",
+        "step": step + 1,
+        "epoch": (step + 1) * self._mechanism.sampling_prob,
+        "epsilon": epsilon,
+        "learning_rate": float(scalars["learning_rate"]),
+        "examples_per_sec": rate,
+      }
+      | row
+    )
+    loss = row["nonprivate/loss/total"]
+    bar.set_postfix_str(
+      f"loss {'-' if loss is None else format(loss, '.3f')},"
+      f" ε {epsilon:.2f}, {rate:.0f} examples/s",
+      refresh=False,
+    )
+    bar.update(1)
+
+  def _check_finite(
+    self, row: Mapping[str, Any], scalars: Mapping[str, Any], *, step: int
+  ) -> None:
+    """Under per-example clipping a bad example counts as zero; else it ends."""
+    bad, size = (
+      row["nonprivate/nonfinite_examples"],
+      row["nonprivate/batch_size"],
+    )
+    tolerated = self._clips_each_example and bad < max(size, 1)
+    if bool(scalars["params_finite"]) and (bad == 0 or tolerated):
+      return
+    what = (
+      f"{bad} of {size} examples have a non-finite loss or gradient"
+      if bad
+      else "the parameters are not finite"
+    )
+    saved = self._checkpoints.latest_step()
+    raise NonFiniteError(
+      f"Step {step}: {what}. Lower optimizer.learning_rate"
+      f"={self._config.optimizer.learning_rate} or look at the data. The newest"
+      f" checkpoint is {'none' if saved is None else f'step {saved}'}; nothing"
+      " was saved from this step."
+    )
+
+  def _evaluate(self) -> dict[str, float]:
+    """Evaluates on the test split and writes a row."""
+    scores = evaluate(self._experiment, self.state.params)
+    self._writer.write(
+      {
+        "split": "test",
+        "step": self._step,
+        "epoch": self._step * self._mechanism.sampling_prob,
+        "epsilon": self._ledger.epsilon,
+      }
+      | scores
+    )
+    self._writer.flush()
+    return scores
+
+  def _save(self) -> None:
+    """Starts a checkpoint of the state and everything that goes with it."""
+    self._writer.flush()
+    self._checkpoints.save(
+      self.state,
+      step=self._step,
+      position={
+        "data": self._steps_data.get_state(),
+        "sampler": self._mechanism.claim()["sampler"],
+        "charged_steps": self._ledger.charged_steps,
+      },
+    )
+
+  def finish(self, *, stopped_by_budget: bool) -> dict[str, Any]:
+    """Final evaluation and checkpoint; returns the run's numbers."""
+    scores = self._evaluate()
+    if self._checkpoints.latest_step() != self._step:
+      self._save()
+    self._checkpoints.wait()
+    claim = self._mechanism.claim()
+    summary = {
+      "name": self._config.name,
+      "status": "stopped_by_budget" if stopped_by_budget else "complete",
+      "num_steps": self._step,
+      "charged_steps": self._ledger.charged_steps,
+      **scores,
+      "epsilon": self._ledger.epsilon,
+      **{
+        name: claim[name]
+        for name in (
+          "delta",
+          "noise_multiplier",
+          "l2_clip_norm",
+          "sampling_prob",
+          "neighboring_relation",
+          "accountant",
+          "unit",
+          "guarantee",
+        )
+      },
+      "seeded": claim["sampler_seeded"] or claim["noise_seeded"],
+      "expected_batch_size": self._mechanism.expected_batch_size,
+      "num_train": self._experiment.card.num_train,
+      "num_test": self._experiment.card.num_test,
+      **metrics.totals(self._experiment.workdir),
+      "bad_records": self._experiment.bad_records.causes,
+    }
+    return summary
+
+  def close(self) -> None:
+    """Closes files and waits for saves."""
+    self._writer.close()
+    self._checkpoints.close()
+
+
+def _rows(microbatches: Mapping[str, np.ndarray]) -> Iterator[dict[str, Any]]:
+  """The microbatches of a step, one by one."""
+  count = len(next(iter(microbatches.values())))
+  for row in range(count):
+    yield {name: value[row] for name, value in microbatches.items()}

@@ -1,0 +1,109 @@
+"""Per-example losses: the task term and the attention consistency term."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from ppnet import config as config_lib
+from ppnet.kernels import noisy_attention
+from ppnet.models import multimodal
+
+Batch = Mapping[str, Any]
+LossFn = Callable[[Any, Batch], tuple[Array, dict[str, Array]]]
+
+
+def cross_entropy(
+  logits: Float[Array, "B T V"],
+  targets: Int[Array, "B T"],
+  loss_mask: Float[Array, "B T"],
+) -> Float[Array, " B"]:
+  """Mean over each example's own masked positions, nats."""
+  log_probs = jax.nn.log_softmax(logits, axis=-1)
+  picked = jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
+  return -_masked_mean(picked, loss_mask)
+
+
+def consistency(
+  clean_logits: Float[Array, "B T V"],
+  noisy_logits: Float[Array, "B T V"],
+  loss_mask: Float[Array, "B T"],
+) -> Float[Array, " B"]:
+  """KL(clean || noisy) over each example's own masked positions, nats."""
+  clean = jax.nn.log_softmax(clean_logits, axis=-1)
+  noisy = jax.nn.log_softmax(noisy_logits, axis=-1)
+  divergence = (jnp.exp(clean) * (clean - noisy)).sum(axis=-1)
+  return _masked_mean(divergence, loss_mask)
+
+
+def answer_logits(
+  logits: Float[Array, "B T V"], loss_mask: Float[Array, "B T"]
+) -> Float[Array, "B V"]:
+  """Logits at each example's one answer position."""
+  return jnp.einsum("btv,bt->bv", logits, loss_mask)
+
+
+def predict(
+  model: multimodal.PPNet,
+  params: Any,
+  batch: Batch,
+  *,
+  noise: noisy_attention.AttentionNoise | None,
+) -> Float[Array, "B T V"]:
+  """Logits of a batch from the pipeline; absent modalities are left out."""
+  logits = model.apply(
+    {"params": params},
+    batch["tokens"],
+    image=batch.get("image"),
+    audio=batch.get("audio"),
+    noise=noise,
+  )
+  assert isinstance(logits, jax.Array)  # Linen declares a union.
+  return logits
+
+
+def attention_noise(
+  config: config_lib.AttentionNoiseConfig, keys: Array
+) -> noisy_attention.AttentionNoise | None:
+  """The noise of a batch, or None where the mechanism is off."""
+  if config.stddev == 0:
+    return None
+  return noisy_attention.AttentionNoise(
+    key=keys, stddev=jnp.float32(config.stddev), mode=config.mode
+  )
+
+
+def make_loss_fn(
+  model: multimodal.PPNet, config: config_lib.AttentionNoiseConfig
+) -> LossFn:
+  """The total loss of the paper, per example.
+
+  task + consistency_weight * KL(clean || noisy prediction). Both terms are
+  inside the per-example gradient, before clipping and noise.
+
+  Returns:
+    `loss_fn(params, batch) -> (losses f32[B], terms)`. `batch["key"]` holds one
+    key per example; `terms` has "task" and "attention_consistency", f32[B].
+  """
+
+  def loss_fn(params, batch):
+    noise = attention_noise(config, batch["key"])
+    logits = predict(model, params, batch, noise=noise)
+    task = cross_entropy(logits, batch["targets"], batch["loss_mask"])
+    divergence = jnp.zeros_like(task)
+    if noise is not None and config.consistency_weight > 0:
+      clean = predict(model, params, batch, noise=None)
+      divergence = consistency(clean, logits, batch["loss_mask"])
+    terms = {"task": task, "attention_consistency": divergence}
+    return task + config.consistency_weight * divergence, terms
+
+  return loss_fn
+
+
+def _masked_mean(
+  values: Float[Array, "B T"], mask: Float[Array, "B T"]
+) -> Float[Array, " B"]:
+  """Mean over the masked positions; 0 where there are none (padding)."""
+  return (values * mask).sum(axis=-1) / jnp.maximum(mask.sum(axis=-1), 1.0)

@@ -1,0 +1,31 @@
+"""What a run carries from step to step, and nothing secret."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+
+Leaf = Any
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["step", "params", "opt_state"],
+  meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainState:
+  """Parameters and optimizer state after `step` steps.
+
+  It holds no key: the DP noise root must never reach a checkpoint.
+
+  Attributes:
+    step: steps taken, i32[].
+    params: plain dict of float32 arrays.
+    opt_state: optax state, of the noisy mean gradients only.
+  """
+
+  step: Leaf
+  params: Leaf
+  opt_state: Leaf

@@ -1,0 +1,214 @@
+"""One DP-SGD step (Abadi et al. 2016, Algorithm 1,
+https://arxiv.org/abs/1607.00133), as two pure functions.
+
+A Poisson batch has a different size every step and XLA wants fixed shapes, so a
+step is `accumulate` over as many fixed-shape microbatches as the draw needs
+(none for an empty draw), then one `update`. Nothing is truncated and nothing is
+compiled twice. Both are jitted in `train.loop`, and nowhere else.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, Key
+
+from ppnet.core import prng, trees
+from ppnet.privacy import mechanism as mechanism_lib
+from ppnet.train import losses as losses_lib
+from ppnet.train import state as state_lib
+
+Leaf = Any
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["loss", "terms", "grad_norm", "counted", "is_nonfinite"],
+  meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PerExample:
+  """Exact values of a microbatch's examples: diagnostics, never released.
+
+  Attributes:
+    loss: total loss, f32[B].
+    terms: its parts, f32[B] each.
+    grad_norm: norm before clipping, f32[B]; None where it is not computed.
+    counted: True for real examples, False for padding, bool[B].
+    is_nonfinite: the gradient or the loss was not finite, bool[B].
+  """
+
+  loss: Leaf
+  terms: Leaf
+  grad_norm: Leaf
+  counted: Leaf
+  is_nonfinite: Leaf
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["total", "num_examples"],
+  meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GradSum:
+  """The clipped sum over the part of a batch seen so far. Private.
+
+  Attributes:
+    total: float32, in the structure of the parameters.
+    num_examples: real examples in it, i32[]; private, and read by the
+      batch-clipping ablation alone.
+  """
+
+  total: Leaf
+  num_examples: Leaf
+
+
+def init_grad_sum(params: Any) -> GradSum:
+  """The sum over no examples."""
+  return GradSum(
+    total=jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params),
+    num_examples=jnp.int32(0),
+  )
+
+
+def accumulate(
+  grad_sum: GradSum,
+  params: Any,
+  microbatch: losses_lib.Batch,
+  root_key: Key[Array, ""],
+  step: Int[Array, ""],
+  *,
+  clipped_grad_fn: Any,
+) -> tuple[GradSum, PerExample]:
+  """Adds one microbatch's clipped gradients to the running sum.
+
+  Args:
+    grad_sum: sum over the step's earlier microbatches.
+    params: parameters, the same for all microbatches of a step.
+    microbatch: arrays [B, ...] from `data.pipeline`, with "index" and
+      "is_padding_example".
+    root_key: root of the attention noise; the step and the record's number are
+      folded in, so the noise does not depend on how a batch is cut.
+    step: number of the step.
+    clipped_grad_fn: from `privacy.mechanism`.
+
+  Returns:
+    The new sum and the examples' diagnostics.
+  """
+  stem = prng.stream(root_key, prng.Stream.ATTENTION_NOISE, step)
+  keys = prng.per_record(stem, microbatch["index"])
+  batch = {
+    name: microbatch[name]
+    for name in microbatch
+    if name not in ("index", "is_padding_example", "label")
+  }
+  out = clipped_grad_fn(
+    params,
+    batch | {"key": keys},
+    is_padding_example=microbatch["is_padding_example"],
+  )
+  counted = ~microbatch["is_padding_example"]
+  grad_sum = GradSum(
+    total=jax.tree.map(jnp.add, grad_sum.total, out.grad_sum),
+    num_examples=grad_sum.num_examples + counted.sum(),
+  )
+  return grad_sum, PerExample(
+    loss=out.losses,
+    terms=out.aux,
+    grad_norm=out.grad_norms,
+    counted=counted,
+    is_nonfinite=out.is_nonfinite,
+  )
+
+
+def update(
+  state: state_lib.TrainState,
+  grad_sum: GradSum,
+  noise_key: Key[Array, ""],
+  *,
+  mechanism: mechanism_lib.Mechanism,
+  tx: optax.GradientTransformation,
+  learning_rate_fn: optax.Schedule,
+) -> tuple[state_lib.TrainState, dict[str, Float[Array, ""]]]:
+  """Adds the noise and takes the optimizer's step.
+
+  Args:
+    state: before the step.
+    grad_sum: clipped sum over the whole batch.
+    noise_key: root of the DP noise; the step is folded in.
+    mechanism: its privatizer adds the noise; its `expected_batch_size` is the
+      public divisor, since the realised size is private.
+    tx: the optimizer.
+    learning_rate_fn: the schedule inside `tx`, for the record.
+
+  Returns:
+    The state after the step, and scalars: "learning_rate", "dp_perturbation", the linear term
+    <z, params> / expected_batch_size whose gradient is the noise (an exact
+    diagnostic: with it, one direction of the noise is known), and
+    "params_finite".
+  """
+  clipped_sum = mechanism.finish_sum(
+    grad_sum.total, num_examples=grad_sum.num_examples
+  )
+  privatizer = mechanism.privatizer()
+  noisy_sum, _ = privatizer.update(
+    clipped_sum,
+    privatizer.init(state.params),
+    state.params,
+    noise_key=prng.stream(noise_key, prng.Stream.DP_NOISE, state.step),
+  )
+  perturbation = trees.vdot(noisy_sum, state.params) - trees.vdot(
+    clipped_sum, state.params
+  )
+  del grad_sum, clipped_sum  # Private. Nothing below may see them.
+  size = mechanism.expected_batch_size
+  mean_grad = jax.tree.map(lambda g: g / size, noisy_sum)
+  updates, opt_state = tx.update(mean_grad, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  scalars = {
+    "learning_rate": jnp.asarray(learning_rate_fn(state.step), jnp.float32),
+    "dp_perturbation": perturbation / size,
+    "params_finite": trees.all_finite(params),
+  }
+  return (
+    state_lib.TrainState(
+      step=state.step + 1, params=params, opt_state=opt_state
+    ),
+    scalars,
+  )
+
+
+def evaluate(
+  params: Any,
+  batch: losses_lib.Batch,
+  root_key: Key[Array, ""],
+  *,
+  model: Any,
+  noise_config: Any,
+) -> tuple[Float[Array, " B"], Float[Array, "B V"]]:
+  """Losses and answer logits of one batch.
+
+  Args:
+    params: parameters.
+    batch: arrays [B, ...] from `data.pipeline.eval_batches`.
+    root_key: root of the attention noise, used where the configuration keeps
+      it on at evaluation; all evaluations share one draw per record.
+    model: the network.
+    noise_config: attention noise.
+
+  Returns:
+    Task loss per example and logits at the answer position.
+  """
+  noise = None
+  if noise_config.at_evaluation:
+    stem = prng.stream(root_key, prng.Stream.EVAL_ATTENTION_NOISE, 0)
+    noise = losses_lib.attention_noise(
+      noise_config, prng.per_record(stem, batch["index"])
+    )
+  logits = losses_lib.predict(model, params, batch, noise=noise)
+  loss = losses_lib.cross_entropy(logits, batch["targets"], batch["loss_mask"])
+  return loss, losses_lib.answer_logits(logits, batch["loss_mask"])
