@@ -77,7 +77,8 @@ def run(
     if number % count != index or (folder / "summary.json").exists():
       continue
     print(f"[{number + 1}/{len(runs)}] {', '.join(overrides)}", flush=True)
-    command = [sys.executable, "-m", "ppnet.main", *flags]
+    command = [sys.executable, *(["-P"] if sys.flags.safe_path else [])]
+    command += ["-m", "ppnet.main", *flags]
     command += [f"--config.{override}" for override in overrides]
     command += [f"--workdir={folder}"]
     if subprocess.run(command, check=False).returncode:

@@ -10,12 +10,13 @@ Letters: B batch, `...` any axes, I input features, O output features, V rows,
 D columns, C channels.
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
+@runtime_checkable
 class ParamOps(Protocol):
   """Every parametrised operation a model may use.
 

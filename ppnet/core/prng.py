@@ -37,9 +37,9 @@ def root(seed: int) -> Key[Array, ""]:
   if not 0 <= seed < 2**128:
     raise ValueError(f"Expected 0 <= seed < 2**128, got seed={seed}.")
   key = jax.random.key(seed & 0xFFFFFFFF, impl="threefry2x32")
-  for shift in (32, 64, 96):
-    if word := (seed >> shift) & 0xFFFFFFFF:
-      key = jax.random.fold_in(key, word)
+  if seed >= 2**32:
+    for shift in (32, 64, 96):
+      key = jax.random.fold_in(key, (seed >> shift) & 0xFFFFFFFF)
   return key
 
 

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import pathlib
-import tempfile
+import secrets
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -46,7 +46,10 @@ def to_plain(value: Any) -> Any:
 def write_bytes(path: pathlib.Path, content: bytes) -> None:
   """Replaces `path` atomically and durably."""
   path = pathlib.Path(path)
-  handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+  temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+  # Not mkstemp: it hides the file from everybody else, and records are read by
+  # colleagues. The umask decides.
+  handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
   try:
     with os.fdopen(handle, "wb") as file:
       file.write(content)

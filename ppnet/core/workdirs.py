@@ -14,6 +14,8 @@ from ppnet.core import records
 
 # What may differ between two uses of one folder.
 _NOT_PART_OF_THE_EXPERIMENT = frozenset({"job"})
+# Once one of these is there the run has begun, and its configuration stands.
+_BINDING = ("privacy.json", "summary.json")
 _VERSIONED = (
   "ppnet jax jaxlib flax optax orbax-checkpoint grain dp-accounting numpy"
 ).split()
@@ -55,6 +57,9 @@ def opened(
 ) -> Iterator[pathlib.Path]:
   """Makes the folder, takes it for this process, and writes `config.json`.
 
+  A run that never began (its configuration was refused, say) binds nobody: the
+  folder takes the next configuration. One that has charged its ledger keeps it.
+
   Args:
     path: the folder.
     config: the experiment as plain JSON values.
@@ -82,8 +87,9 @@ def opened(
         f"Another process is using {path}. Wait for it, or pass another"
         " --workdir."
       ) from error
-    check_same(path, config)
-    if not (path / "config.json").exists():
+    if any((path / name).exists() for name in _BINDING):
+      check_same(path, config)
+    else:
       records.write_json(
         path / "config.json", {"config": config} | provenance()
       )
@@ -94,7 +100,10 @@ def check_same(path: pathlib.Path, config: Mapping[str, Any]) -> None:
   """Raises `WorkdirError` where `path` belongs to another configuration."""
   recorded = path / "config.json"
   if not recorded.exists():
-    return
+    raise WorkdirError(
+      f"Expected {recorded} beside the records of a run. Restore it, or pass"
+      " another --workdir."
+    )
   old = flatten(records.read_json(recorded)["config"])
   new = flatten(config)
   differing = [

@@ -41,7 +41,7 @@ _DTMF_COLUMNS_HZ = (1209.0, 1336.0, 1477.0)
 _DTMF_MIN_SECS, _DTMF_MAX_SECS = 0.15, 0.4
 _DTMF_TWIST_DB = 3.0
 _DTMF_MIN_LEVEL_DB = -20.0
-_DTMF_MAX_SNR_DB = 20.0
+_DTMF_SNR_DB = 10.0  # Either way of even: some tones drown, most do not.
 
 
 def num_samples(config: config_lib.AudioConfig) -> int:
@@ -227,9 +227,8 @@ def mel_filter_bank(
       max_hz=max_hz,
       sample_rate_hz=sample_rate_hz,
     )
-  corners_hz = mel_to_hz(
-    np.linspace(*hz_to_mel(np.array([min_hz, max_hz])), num_mels + 2)
-  )
+  lowest, highest = hz_to_mel(np.array([min_hz, max_hz]))
+  corners_hz = mel_to_hz(np.linspace(lowest, highest, num_mels + 2))
   lower, centre, upper = corners_hz[:-2], corners_hz[1:-1], corners_hz[2:]
   bins_hz = np.arange(window // 2 + 1) * (sample_rate_hz / window)
   rising = (bins_hz - lower[:, None]) / (centre - lower)[:, None]
@@ -378,7 +377,7 @@ def dtmf_tone(
   The clip is `max_secs` long. White noise fills it, and somewhere in it the key
   is held for 0.15 to 0.4 s. Drawn from `rng`: how long, from when, both phases,
   the twist (column over row level, -3 to 3 dB), the signal-to-noise ratio while
-  the key is held (0 to 20 dB), and the peak of the clip (-20 to 0 dB relative
+  the key is held (-10 to 10 dB), and the peak of the clip (-20 to 0 dB relative
   to full scale).
 
   Args:
@@ -412,7 +411,7 @@ def dtmf_tone(
   start = rng.integers(size - tone_size + 1)
   row_phase, column_phase = rng.uniform(0, 2 * np.pi, 2)
   twist = 10 ** (rng.uniform(-_DTMF_TWIST_DB, _DTMF_TWIST_DB) / 20)
-  snr = 10 ** (rng.uniform(0, _DTMF_MAX_SNR_DB) / 10)
+  snr = 10 ** (rng.uniform(-_DTMF_SNR_DB, _DTMF_SNR_DB) / 10)
   peak = 10 ** (rng.uniform(_DTMF_MIN_LEVEL_DB, 0) / 20)
 
   radians = 2 * np.pi * np.arange(tone_size) / sample_rate_hz

@@ -310,7 +310,7 @@ class _Examples:
 
   def _example(
     self, position: int, *, label: int, media: Mapping[str, np.ndarray]
-  ) -> batching.Example:
+  ) -> batching.Batch:
     """Returns the example of a good record."""
     example = {
       "index": np.array(position, np.int32),

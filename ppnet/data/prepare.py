@@ -115,7 +115,9 @@ class Card:
         version=value.get("version"),
         fields=sorted(value),
       )
-    return cls(**{**value, "class_names": tuple(value["class_names"])})
+    fields: dict[str, Any] = dict(value)
+    fields["class_names"] = tuple(value["class_names"])
+    return cls(**fields)
 
 
 def read_card(prepared_dir: str | os.PathLike[str]) -> Card:
@@ -210,31 +212,31 @@ def _prepare_digits(
   checks.non_negative(
     "It seeds NumPy's generators.", split_seed=config.split_seed
   )
-  digits = sklearn.datasets.load_digits()
+  levels, labels = sklearn.datasets.load_digits(return_X_y=True)
   train, test = sklearn.model_selection.train_test_split(
-    np.arange(len(digits.target)),
+    np.arange(len(labels)),
     test_size=config.test_fraction,
     random_state=config.split_seed,
-    stratify=digits.target,
+    stratify=labels,
   )
 
   def record(index: int) -> sources.Record:
-    label = int(digits.target[index])
+    label = int(labels[index])
     return sources.Record(
       id=f"digits-{index:04d}",
-      image=image.encode_png(digit_to_pixels(digits.images[index])),
+      image=image.encode_png(digit_to_pixels(levels[index].reshape(8, 8))),
       audio=_key_tone(label, index, config=config),
       label=label,
     )
 
-  class_names = tuple(str(name) for name in digits.target_names)
+  class_names = tuple(str(name) for name in np.unique(labels))
   tokenizer = _write_tokenizer(config, out_dir, class_names=class_names)
   split_indices = {"train": np.sort(train), "test": np.sort(test)}
   names = {
     split: f"{split}-00000-of-00001.array_record" for split in split_indices
   }
   with tqdm.tqdm(
-    total=len(digits.target),
+    total=len(labels),
     desc="PREPARE digits",
     unit="record",
     delay=1,

@@ -127,7 +127,7 @@ class ArrayRecordSource:
 
   def __getitem__(self, index: SupportsIndex) -> Record:
     position = index.__index__()
-    name = f"position {position}"
+    name = f"position {position} from {self._paths[0].name}"
     try:
       content = self._reader[position]
     except RuntimeError as error:  # How ArrayRecord reports a wrong checksum.

@@ -1,1 +1,0 @@
-"""The mechanism: sampling, clipping, noise, accounting, and the ledger."""

@@ -27,8 +27,7 @@ from collections.abc import Iterator
 from typing import TypeVar
 
 import dp_accounting
-from dp_accounting import pld
-from dp_accounting import rdp
+from dp_accounting import pld, rdp
 
 from ppnet import config
 from ppnet.core import checks
@@ -353,12 +352,34 @@ def _epsilon(
   if accountant is config.Accountant.RDP:
     with _quiet_orders():
       return _rdp_epsilon(noise_multiplier, sampling_prob, num_steps, delta)
+  interval = _interval(noise_multiplier, sampling_prob, num_steps, delta)
+  if sampling_prob == 1:
+    event, its_relation = _event(noise_multiplier, sampling_prob, relation)
+    composed = pld.PLDAccountant(its_relation, interval)
+    return float(composed.compose(event, num_steps).get_epsilon(delta))
+  one_step = _one_step(noise_multiplier, sampling_prob, relation, interval)
+  return float(one_step.self_compose(num_steps).get_epsilon_for_delta(delta))
+
+
+@functools.lru_cache(maxsize=4)
+def _one_step(
+  noise_multiplier: float,
+  sampling_prob: float,
+  relation: config.NeighboringRelation,
+  interval: float,
+) -> pld.privacy_loss_distribution.PrivacyLossDistribution:
+  """The privacy loss of one sampled release, remembered.
+
+  What `PLDAccountant.compose` would build anew for every number of steps; it
+  takes most of the time, and a curve over steps asks for dozens of them.
+  """
   event, its_relation = _event(noise_multiplier, sampling_prob, relation)
-  composed = pld.PLDAccountant(
-    its_relation,
-    _interval(noise_multiplier, sampling_prob, num_steps, delta),
-  ).compose(event, num_steps)
-  return float(composed.get_epsilon(delta))
+  return pld.privacy_loss_distribution.from_gaussian_mechanism(
+    standard_deviation=event.event.noise_multiplier,
+    value_discretization_interval=interval,
+    sampling_prob=sampling_prob,
+    neighboring_relation=its_relation,
+  )
 
 
 def _event(

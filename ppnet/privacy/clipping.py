@@ -31,9 +31,9 @@ LossFn = Callable[[PyTree, PyTree], Any]
 # C, the square root, the quotient and two products cost at most 6; a sum of
 # squares whose additions nest to depth d costs d / 2, and whoever checks the
 # norm in float32 makes the same error again. XLA reduces in trees and in lanes,
-# so d is some tens for any tensor (5 * 10^7 equal entries on a CPU: the norm was
-# off by 2 u); 1e-5 is 168 u, which leaves room for d = 160. It costs 1e-5 of
-# the signal.
+# so d is some tens for any tensor (5 * 10^7 equal entries on a CPU: the norm
+# was off by 2 u); 1e-5 is 168 u, which leaves room for d = 160. It costs 1e-5
+# of the signal.
 _SLACK = 1e-5
 
 # A second sum of squares, of gradients times 2^-80, takes over where the first
@@ -412,7 +412,8 @@ def _in_microbatches(
   if num_rows == 0:
     # Nothing to differentiate; one padding row gives the shapes.
     padding = jnp.ones(1, bool)
-    batch = jax.tree.map(_one_blank_row, batch)
+    leaves, rewrap = _without_keys(batch)
+    batch = rewrap([_blank_rows(leaf, num_rows=1) for leaf in leaves])
     return _head(sum_fn(params, batch, padding), 0)
   if microbatch_size is None or microbatch_size >= num_rows:
     return sum_fn(params, batch, padding)
@@ -420,8 +421,7 @@ def _in_microbatches(
   missing = num_microbatches * microbatch_size - num_rows
 
   def split(leaf):  # [B, ...] -> [microbatches, microbatch_size, ...]
-    repeated = jnp.broadcast_to(leaf[:1], (missing, *leaf.shape[1:]))
-    leaf = jnp.concatenate([leaf, repeated])
+    leaf = jnp.concatenate([leaf, _blank_rows(leaf, num_rows=missing)])
     # Every num_microbatches-th row goes together, so that a batch axis that is
     # sharded stays spread over all devices in every microbatch.
     leaf = leaf.reshape(microbatch_size, num_microbatches, *leaf.shape[1:])
@@ -431,20 +431,18 @@ def _in_microbatches(
     leaf = jnp.swapaxes(leaf, 0, 1)
     return leaf.reshape(-1, *leaf.shape[2:])[:num_rows]
 
-  is_extra = jnp.arange(num_rows + missing) >= num_rows
-  padding = jnp.concatenate([padding, jnp.ones(missing, bool)]) | is_extra
-  padding = jnp.swapaxes(
-    padding.reshape(microbatch_size, num_microbatches), 0, 1
-  )
+  # Keys travel as their data: the reuse checker loses track of moved axes.
+  leaves, rewrap = _without_keys(batch)
 
   def body(grad_sum, microbatch):
-    result = sum_fn(params, *microbatch)
+    rows, is_example = microbatch
+    result = sum_fn(params, rewrap(rows), ~is_example)
     grad_sum = jax.tree.map(jnp.add, grad_sum, result.grad_sum)
     return grad_sum, dataclasses.replace(result, grad_sum=None)
 
   zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
   grad_sum, rows = jax.lax.scan(
-    body, zeros, (jax.tree.map(split, batch), padding)
+    body, zeros, ([split(leaf) for leaf in leaves], split(~padding))
   )
   return dataclasses.replace(jax.tree.map(join, rows), grad_sum=grad_sum)
 
@@ -486,14 +484,34 @@ def _zero_padding(aux: PyTree, padding: jax.Array) -> PyTree:
   return jax.tree.map(zero, aux)
 
 
-def _one_blank_row(leaf: jax.Array) -> jax.Array:
-  """One row like those of an empty leaf [0, ...]."""
-  if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-    impl = jax.random.key_impl(leaf)
-    data = jax.random.key_data(leaf)
-    data = jnp.zeros((1, *data.shape[1:]), data.dtype)
-    return jax.random.wrap_key_data(data, impl=impl)
-  return jnp.zeros((1, *leaf.shape[1:]), leaf.dtype)
+def _without_keys(
+  batch: PyTree,
+) -> tuple[list[jax.Array], Callable[[list[jax.Array]], PyTree]]:
+  """Leaves with keys replaced by their data, and the function back."""
+  leaves, structure = jax.tree.flatten(batch)
+  impls = [
+    jax.random.key_impl(leaf)
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    else None
+    for leaf in leaves
+  ]
+
+  def rewrap(plain):
+    return structure.unflatten(
+      leaf if impl is None else jax.random.wrap_key_data(leaf, impl=impl)
+      for leaf, impl in zip(plain, impls, strict=True)
+    )
+
+  plain = [
+    leaf if impl is None else jax.random.key_data(leaf)
+    for leaf, impl in zip(leaves, impls, strict=True)
+  ]
+  return plain, rewrap
+
+
+def _blank_rows(leaf: jax.Array, *, num_rows: int) -> jax.Array:
+  """Rows of zeros (False: no example) like those of a leaf [B, ...]."""
+  return jnp.zeros((num_rows, *leaf.shape[1:]), leaf.dtype)
 
 
 def _head(result: ClippedGrad, num_rows: int) -> ClippedGrad:

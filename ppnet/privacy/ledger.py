@@ -13,8 +13,7 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ppnet.core import checks
-from ppnet.core import records
+from ppnet.core import checks, records
 
 _CLAIM_FIELDS = (
   "noise_multiplier",

@@ -14,10 +14,7 @@ import optax
 
 from ppnet import config as config_lib
 from ppnet.core import checks
-from ppnet.privacy import accounting
-from ppnet.privacy import clipping
-from ppnet.privacy import noise
-from ppnet.privacy import sampling
+from ppnet.privacy import accounting, clipping, noise, sampling
 
 # Domains of `sampling.root_from_seed`; append only. They keep a config that
 # uses one seed for both from using one root for both.
@@ -411,6 +408,7 @@ def _noise_multiplier(
       neighboring_relation=privacy.neighboring_relation,
     )
     return float(privacy.noise_multiplier)
+  assert privacy.epsilon is not None, "_check wants exactly one of the two."
   return accounting.calibrate_noise_multiplier(
     epsilon=float(privacy.epsilon),
     delta=float(privacy.delta),

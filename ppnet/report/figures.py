@@ -48,7 +48,7 @@ _MAX_MARKERS = 40  # More would merge into a thick line.
 class Series:
   """One quantity over training: `values[i]` was measured after `steps[i]`."""
 
-  steps: np.ndarray  # i64[T]
+  steps: np.ndarray  # i64[T]; f64[T] where steps were averaged.
   values: np.ndarray  # f64[T], NaN where the record has no value.
 
   @property
@@ -72,7 +72,8 @@ class TrainingData:
     last_step: the last step of which there is a record.
     train: metric name → one value per training step.
     epoch_means: metric name → mean over the steps of each epoch that have a
-      value, placed at the epoch's last step.
+      value, placed at the middle of its steps: at their end it would seem
+      to lag behind the curve that it is the mean of.
     test: metric name → one value per evaluation.
     privacy: the `privacy` section of config.json, {} if there is none.
     summary: summary.json, {} while the run is not finished.
@@ -142,7 +143,7 @@ def _epoch_means(train: Mapping[str, Series]) -> dict[str, Series]:
       inside = epochs == epoch
       known = series.values[inside]
       known = known[np.isfinite(known)]
-      steps.append(series.steps[inside][-1])
+      steps.append(series.steps[inside].mean())
       values.append(known.mean() if known.size else math.nan)
     means[name] = Series(steps=np.array(steps), values=np.array(values))
   return means
@@ -327,12 +328,14 @@ def _draw_terms(ax: axes.Axes, data: TrainingData) -> None:
     return
   for name, label, color, style in present:
     _line(ax, data.get(_LOSS + name), color=color, alpha=0.25, linewidth=0.8)
+    mean = data.epoch_means.get(_LOSS + name, _EMPTY)
     _line(
       ax,
-      data.epoch_means.get(_LOSS + name, _EMPTY),
+      mean,
       color=color,
       linestyle=style,
-      label=f"{label}, epoch mean",
+      # One term may be too small to be seen beside the other.
+      label=f"{label}, epoch mean, last {mean.final:.2g}",
     )
   ax.axhline(0, color=_GREY, linewidth=0.6)
   ax.set_ylabel("loss (nats)")

@@ -42,7 +42,7 @@ _LABELS = {
   "noise_multiplier": "noise multiplier",
   "num_steps": "steps",
   "nonprivate/clipped_fraction": "clipped fraction †",
-  "leakage": "leakage (membership advantage)",
+  "leakage": "leakage (membership advantage) †",
 }
 _NONPRIVATE_NOTE = (
   "† Computed exactly from private data; not covered by the guarantee."
@@ -173,7 +173,7 @@ def summary_table(summary: Mapping[str, object]) -> str:
     pairs.append((label, text))
   width = max(len(label) for label, _ in pairs)
   lines += [f"{label:<{width}}  {text}" for label, text in pairs]
-  if summary.get("nonprivate/clipped_fraction") is not None:
+  if any("†" in label for label, _ in pairs):
     lines.append(_NONPRIVATE_NOTE)
   if seeded:
     lines += textwrap.wrap(SEEDED_NOTE, _WIDTH, subsequent_indent="  ")

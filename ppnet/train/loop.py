@@ -300,7 +300,7 @@ class _Run:
           return True
         dispatched = self._dispatch(data)
         self._report(pending, bar, started)
-        pending = (step, *dispatched)
+        pending = (step, self._ledger.epsilon, *dispatched)
         self._step = step + 1
         evaluating = self._step % train.eval_every_steps == 0
         saving = self._step % train.checkpoint_every_steps == 0
@@ -338,7 +338,7 @@ class _Run:
     """Fetches and writes a step's metrics; raises if they are not finite."""
     if pending is None:
       return
-    step, parts, scalars = pending
+    step, epsilon, parts, scalars = pending
     parts, scalars = jax.device_get((parts, scalars))
     noise = self._config.attention_noise
     row = metrics.step_metrics(
@@ -358,7 +358,6 @@ class _Run:
       * self._mechanism.expected_batch_size
       / max(time.perf_counter() - started, 1e-9)
     )
-    epsilon = self._ledger.epsilon
     self._writer.write(
       {
         "split": "train",

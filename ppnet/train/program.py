@@ -7,6 +7,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
@@ -174,7 +175,10 @@ def _boxed_params(
   example: Mapping[str, np.ndarray],
 ) -> Any:
   """Parameters with their logical axes still attached."""
-  batch = {name: np.asarray(value)[None] for name, value in example.items()}
+  batch = {  # Shapes alone: no private value enters the initial parameters.
+    name: jnp.zeros((1, *np.shape(value)), np.asarray(value).dtype)
+    for name, value in example.items()
+  }
   variables = model.init(
     prng.stream(root_key, prng.Stream.INIT, 0),
     batch["tokens"],

@@ -249,6 +249,8 @@ def test_resampled_tone_matches_tone_at_target_rate(rate_hz):
     (_wav(np.array([0, np.nan, 0], np.float32)), "NaN"),
     (_wav(np.array([0, np.inf, 0], np.float32)), "infinite"),
   ],
+  # The bytes of a WAV file hold a time stamp, and names must not change.
+  ids=["none", "empty", "text", "cut", "silent", "nan", "infinite"],
 )
 def test_bad_recording_names_record_and_cause(content, cause):
   with pytest.raises(sources.BadRecordError, match=f"'r5'.*{cause}"):
@@ -257,16 +259,18 @@ def test_bad_recording_names_record_and_cause(content, cause):
 
 @pytest.mark.parametrize("digit", range(10))
 def test_two_strongest_peaks_are_the_keys_frequencies(digit):
-  for seed in range(6):
+  power = 0.0
+  for seed in range(20):  # One tone may drown in its noise; twenty do not.
     clip = audio.dtmf_tone(
       digit, np.random.default_rng(seed), sample_rate_hz=8000, max_secs=0.5
     )
     assert clip.shape == (4000,)
-    spectrum = np.abs(np.fft.rfft(clip))  # 2 Hz per bin.
-    first = int(spectrum.argmax())
-    spectrum[max(0, first - 40) : first + 40] = 0
-    peaks = sorted([2 * first, 2 * int(spectrum.argmax())])
-    assert peaks == pytest.approx(_KEYS_HZ[digit], abs=4)
+    clip = clip / clip.std()  # Levels differ by 20 dB.
+    power = power + np.abs(np.fft.rfft(clip)) ** 2  # 2 Hz per bin.
+  first = int(power.argmax())
+  power[max(0, first - 30) : first + 30] = 0
+  peaks = sorted([2 * first, 2 * int(power.argmax())])
+  assert peaks == pytest.approx(_KEYS_HZ[digit], abs=4)
 
 
 def test_tones_vary_within_the_documented_ranges():
@@ -292,14 +296,14 @@ def test_tones_vary_within_the_documented_ranges():
     row, column = np.hypot(*fit[:2]), np.hypot(*fit[2:])
     noise = clip[1400:1800] - basis @ fit
     snr_db = 10 * np.log10((row**2 + column**2) / 2 / noise.var())
-    if snr_db > 10:
+    if snr_db > 5:
       twists_db.append(20 * np.log10(column / row))
       snrs_db.append(snr_db)
-  assert len(twists_db) > 100
-  assert np.abs(twists_db).max() < 3.5  # 3 dB and the error of the fit.
+  assert len(twists_db) > 40
+  assert np.abs(twists_db).max() < 4  # 3 dB and the error of the fit.
   assert min(twists_db) < -2
   assert max(twists_db) > 2
-  assert 18.5 < max(snrs_db) < 21
+  assert 8.5 < max(snrs_db) < 11
 
 
 def test_tone_depends_on_the_generator_alone():

@@ -74,19 +74,19 @@ def test_every_pixel_type_has_its_own_public_range(channels):
   )
 
 
-def test_resize_halves_like_triangle_filter():
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_resize_halves_like_triangle_filter(dtype):
   # Bilinear with antialiasing: a triangle two new pixels wide, over pixels
-  # 0..3 for new pixel 0: weights 3, 3, 1 of 0.75, 0.75, 0.25, cut at the edge.
-  row = np.array([10, 20, 40, 80], np.uint8)
+  # 0..2 for new pixel 0: weights 0.75, 0.75, 0.25, cut at the edge.
+  row = np.array([10, 20, 40, 80], dtype)
   pixels = np.repeat(row[None], 4, axis=0)
   decoded = _decode(conftest.png(pixels), size=2, channels=1)
   weights = np.array([0.75, 0.75, 0.25])
-  first = weights @ row[:3] / weights.sum()
-  last = weights @ row[:0:-1] / weights.sum()
+  expected = [weights @ row[:3], weights @ row[:0:-1]] / weights.sum()
   np.testing.assert_allclose(
-    decoded[0, :, 0] * 255,
-    [first, last],
-    atol=1.0,  # Rounded twice to uint8.
+    decoded[0, :, 0] * np.iinfo(dtype).max,
+    expected,
+    atol=1.0 if dtype is np.uint8 else 1e-2,  # Rounded twice to uint8.
   )
 
 

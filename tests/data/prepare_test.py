@@ -189,6 +189,18 @@ def test_killed_run_is_completed_by_the_next(digits_dir, tmp_path, moment):
   # Fails if: files are written under their final names, or the card first.
 
 
+def test_leftovers_of_a_killed_run_are_removed(digits_dir, tmp_path):
+  for name in (
+    ".unfinished-train-00000-of-00001.array_record",
+    ".unfinished-train-00000-of-00002.array_record",
+    ".tokenizer.model.a1b2c3",
+    ".dataset.json.d4e5f6",
+  ):
+    (tmp_path / name).write_bytes(b"half of it")
+  prepare.prepare(config_lib.DataConfig(), tmp_path, progress=False)
+  assert _contents(tmp_path) == _contents(digits_dir)
+
+
 def test_two_processes_at_once_write_one_whole_folder(digits_dir, tmp_path):
   command = [sys.executable, "-c", _KILLED, str(tmp_path)]
   processes = [

@@ -146,9 +146,7 @@ def test_noise_does_not_depend_on_the_mesh():
 
 
 def test_privatizer_chains_with_optax():
-  tx = optax.chain(
-    noise.gaussian_privatizer(noise_stddev=0.7), optax.sgd(0.1)
-  )
+  tx = optax.chain(noise.gaussian_privatizer(noise_stddev=0.7), optax.sgd(0.1))
   key = jax.random.key(11)
   updates, _ = tx.update(_zeros(), tx.init(_zeros()), noise_key=key)
   alone = _noise(jax.random.clone(key), noise_stddev=0.7)

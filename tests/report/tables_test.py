@@ -55,8 +55,10 @@ def test_summary_table_aligns_its_values():
 
 
 def test_summary_table_shows_leakage_of_an_audited_run():
-  text = tables.summary_table(_SUMMARY | {"leakage": 0.031})
-  assert _line(text, "leakage (membership advantage)") == "0.0310"
+  summary = _SUMMARY | {"leakage": 0.031, "nonprivate/clipped_fraction": None}
+  text = tables.summary_table(summary)
+  assert _line(text, "leakage (membership advantage) †") == "0.0310"
+  assert "not covered by the guarantee" in text  # Attacks read training data.
 
 
 def test_summary_table_says_that_there_is_no_guarantee():

@@ -1,0 +1,237 @@
+"""The decoder is Llama: its sizes, its causality, its positions."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ppnet import config as config_lib
+from ppnet.core import trees
+from ppnet.kernels import noisy_attention
+from ppnet.models import layers, llama
+
+SMALL = config_lib.LlamaConfig(
+  vocab_size=13,
+  embed_dim=8,
+  num_layers=3,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=6,
+  mlp_dim=10,
+  max_seq_len=7,
+)
+TOKENS = jnp.array([[1, 5, 5, 2, 9], [3, 4, 0, 12, 7]], jnp.int32)
+
+
+def build(config=SMALL, seed=0):
+  model = llama.Llama(config)
+  variables = jax.jit(model.init)(jax.random.key(seed), TOKENS)
+  return model, nn.meta.unbox(variables["params"])
+
+
+def noise(stddev=0.5):
+  return noisy_attention.AttentionNoise(
+    key=jax.random.split(jax.random.key(9), len(TOKENS)), stddev=stddev
+  )
+
+
+def test_llama_7b_has_the_published_number_of_parameters():
+  model = llama.Llama(config_lib.LlamaConfig())
+  shapes = jax.eval_shape(
+    lambda key: model.init(key, TOKENS), jax.eval_shape(jax.random.key, 0)
+  )
+  assert trees.num_parameters(shapes["params"]) == 6_738_415_616
+
+
+def test_logits_match_a_decoder_written_out_in_numpy():
+  """Touvron et al. 2023 by hand, one example and one layer at a time."""
+  model, params = build()
+  got = jax.jit(model.apply)({"params": params}, TOKENS)
+  weights = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+  for tokens, logits in zip(TOKENS, np.asarray(got), strict=True):
+    np.testing.assert_allclose(
+      logits, _numpy_llama(weights, np.asarray(tokens), SMALL), atol=2e-5
+    )
+
+
+def _rms(x, scale, eps):
+  return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * scale
+
+
+def _rotate(x, theta):  # [T, heads, H]
+  half = x.shape[-1] // 2
+  out = np.zeros_like(x)
+  for t in range(x.shape[0]):
+    for i in range(half):
+      angle = t * theta ** (-2 * i / x.shape[-1])
+      a, b = x[t, :, i], x[t, :, i + half]
+      out[t, :, i] = a * np.cos(angle) - b * np.sin(angle)
+      out[t, :, i + half] = b * np.cos(angle) + a * np.sin(angle)
+  return out
+
+
+def _numpy_llama(weights, tokens, config):
+  x = weights["token_embed"]["table"][tokens]
+  num_tokens, heads = len(tokens), config.num_heads
+  for i in range(config.num_layers):
+    layer = jax.tree.map(lambda leaf, i=i: leaf[i], weights["layers"])
+    attention = layer["attention"]
+    h = _rms(x, layer["attention_norm"]["scale"], config.rms_norm_eps)
+
+    def project(name, count, h=h, attention=attention):
+      out = h @ attention[name]["kernel"]
+      return out.reshape(num_tokens, count, config.head_dim)
+
+    q = _rotate(project("q_proj", heads), config.rope_theta)
+    k = _rotate(project("k_proj", config.num_kv_heads), config.rope_theta)
+    v = project("v_proj", config.num_kv_heads)
+    mixed = np.zeros((num_tokens, heads, config.head_dim))
+    for n in range(heads):
+      kv = n // (heads // config.num_kv_heads)
+      for t in range(num_tokens):
+        score = k[: t + 1, kv] @ q[t, n] / config.head_dim**0.5
+        weight = np.exp(score - score.max())
+        mixed[t, n] = weight / weight.sum() @ v[: t + 1, kv]
+    x = x + mixed.reshape(num_tokens, -1) @ attention["o_proj"]["kernel"]
+    h = _rms(x, layer["mlp_norm"]["scale"], config.rms_norm_eps)
+    mlp = layer["mlp"]
+    gate = h @ mlp["gate_proj"]["kernel"]
+    hidden = gate / (1 + np.exp(-gate)) * (h @ mlp["up_proj"]["kernel"])
+    x = x + hidden @ mlp["down_proj"]["kernel"]
+  x = _rms(x, weights["final_norm"]["scale"], config.rms_norm_eps)
+  return x @ weights["lm_head"]["kernel"]
+
+
+def test_a_position_s_logits_depend_on_it_and_its_past_only():
+  model, params = build()
+  embeddings = jax.random.normal(jax.random.key(4), (1, 5, SMALL.embed_dim))
+
+  def energies(embeddings):  # One number per position.
+    out = model.apply({"params": params}, TOKENS[:1], embeddings=embeddings)
+    return jnp.square(out[0]).sum(axis=-1)
+
+  jacobian = jax.jit(jax.jacrev(energies))(embeddings)  # [5, 1, 5, D]
+  reach = np.abs(np.asarray(jacobian[:, 0])).max(axis=-1)  # [output, input]
+  for position in range(5):
+    assert (reach[position, : position + 1] > 0).all()
+    np.testing.assert_array_equal(reach[position, position + 1 :], 0)
+  # Fails if: the mask is not causal, or sees no past.
+
+
+def test_one_example_s_logits_do_not_depend_on_another():
+  model, params = build()
+  apply = jax.jit(lambda t, n: model.apply({"params": params}, t, noise=n))
+  both = apply(TOKENS, noise())
+  changed = jnp.stack([TOKENS[0], (TOKENS[1] + 1) % 13])
+  np.testing.assert_array_equal(apply(changed, noise())[0], both[0])
+  # Fails if: anything in the model couples examples (batch statistics).
+
+
+def test_remat_changes_neither_logits_nor_gradients():
+  model, params = build()
+  remat = llama.Llama(dataclasses.replace(SMALL, remat=True))
+
+  def loss(model):
+    def run(params):
+      out = model.apply({"params": params}, TOKENS, noise=noise())
+      return (out * jnp.cos(jnp.arange(out.size).reshape(out.shape))).sum()
+
+    return jax.jit(jax.value_and_grad(run))(params)
+
+  assert remat.config.remat
+  assert not model.config.remat
+  for got, expected in zip(
+    jax.tree.leaves(loss(remat)), jax.tree.leaves(loss(model)), strict=True
+  ):
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_layers_draw_different_noise():
+  """The same weights in every layer: only the noise can tell them apart."""
+  config = dataclasses.replace(SMALL, num_layers=2)
+  model, params = build(config)
+  captured = []
+  original = noisy_attention.noisy_attention
+
+  def spy(q, k, v, *, noise, **kwargs):
+    jax.debug.callback(
+      lambda words: captured.append(np.asarray(words).tolist()),
+      jax.random.key_data(noise.key),
+    )
+    return original(q, k, v, noise=noise, **kwargs)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(noisy_attention, "noisy_attention", spy)
+    out = model.apply({"params": params}, TOKENS, noise=noise())
+    jax.block_until_ready(out)
+  jax.effects_barrier()
+  words = [tuple(row) for layer in captured for row in layer]
+  assert len(words) == len(set(words)) == 2 * len(TOKENS)
+  # Fails if: the layer's number is not folded into the key.
+
+
+def test_tied_embeddings_have_no_head_and_use_the_table():
+  config = dataclasses.replace(SMALL, tie_embeddings=True)
+  model, params = build(config)
+  assert "lm_head" not in params
+  untied = llama.Llama(SMALL)
+  head = {"lm_head": {"kernel": params["token_embed"]["table"].T}}
+  np.testing.assert_allclose(
+    jax.jit(model.apply)({"params": params}, TOKENS),
+    jax.jit(untied.apply)({"params": params | head}, TOKENS),
+    atol=1e-6,
+  )
+
+
+def test_bfloat16_compute_keeps_float32_parameters_and_logits():
+  config = dataclasses.replace(
+    SMALL, compute_dtype=config_lib.ComputeDtype.BFLOAT16
+  )
+  model, params = build(config)
+  exact, _ = build()
+  out = jax.jit(model.apply)({"params": params}, TOKENS)
+  assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {
+    jnp.dtype("float32")
+  }
+  assert out.dtype == jnp.float32
+  expected = jax.jit(exact.apply)({"params": params}, TOKENS)
+  assert not np.array_equal(out, expected)  # It did compute in bfloat16.
+  # 8 bits of mantissa through three layers.
+  np.testing.assert_allclose(out, expected, atol=0.15)
+
+
+def test_too_many_tokens_are_an_error_that_names_the_limit():
+  model, params = build()
+  tokens = jnp.zeros((1, SMALL.max_seq_len + 1), jnp.int32)
+  with pytest.raises(ValueError, match=r"num_tokens <= 7.*max_seq_len"):
+    model.apply({"params": params}, tokens)
+
+
+def test_rotary_embedding_is_relative():
+  """Scores depend on the distance of two tokens, not on where they are."""
+  q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
+
+  def score(at_q, at_k):
+    turned = [
+      layers.rotary_embedding(x, jnp.array([[at]]), theta=100.0)
+      for x, at in ((q, at_q), (k, at_k))
+    ]
+    return float((turned[0] * turned[1]).sum())
+
+  assert score(3, 1) == pytest.approx(score(12, 10), abs=1e-5)
+  assert score(3, 1) != pytest.approx(score(3, 2), abs=1e-3)
+
+
+def test_segments_do_not_see_each_other():
+  model, params = build()
+  segment_ids = jnp.array([[0, 0, 1, 1, 1]] * 2)
+  positions = jnp.array([[0, 1, 0, 1, 2]] * 2)
+  apply = jax.jit(
+    lambda tokens, **kwargs: model.apply({"params": params}, tokens, **kwargs)
+  )
+  packed = apply(TOKENS, segment_ids=segment_ids, positions=positions)
+  alone = apply(TOKENS[:, 2:])
+  np.testing.assert_allclose(packed[:, 2:], alone, atol=1e-5)

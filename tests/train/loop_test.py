@@ -1,0 +1,281 @@
+"""Whole tiny runs: resuming, budgets, meshes, bad records, bad numbers."""
+
+import dataclasses
+import io
+import json
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+
+from ppnet import config as config_lib
+from ppnet.core import records
+from ppnet.data import prepare, sources
+from ppnet.train import loop
+from ppnet.train import state as state_lib
+from tests import tiny
+
+
+class Stop(Exception):
+  """Stands for a kill at a chosen point."""
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("prepared")
+  prepare.prepare(tiny.experiment().data, folder)
+  return str(folder)
+
+
+def open_run(workdir, prepared, *, devices=1, **changes):
+  config = tiny.experiment(**changes)
+  config.data.prepared_dir = prepared
+  workdir.mkdir(exist_ok=True)
+  records.write_json(workdir / "config.json", {"config": config})
+  return loop.open_experiment(
+    config, workdir, devices=jax.devices()[:devices]
+  )
+
+
+def run(workdir, prepared, **kwargs):
+  experiment = open_run(workdir, prepared, **kwargs)
+  return loop.train(experiment, log=io.StringIO())
+
+
+def flat(state: state_lib.TrainState):
+  leaves = jax.tree.leaves(jax.device_get(state))
+  return np.concatenate([np.ravel(leaf) for leaf in leaves])
+
+
+def rows(workdir, split="train"):
+  return records.latest_rows(workdir / "metrics.jsonl", split=split)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, prepared):
+  workdir = tmp_path_factory.mktemp("uninterrupted")
+  summary, state = run(workdir, prepared)
+  return workdir, summary, state
+
+
+def test_a_run_writes_its_records(uninterrupted):
+  workdir, summary, _ = uninterrupted
+  assert summary["num_steps"] == summary["charged_steps"] == 6
+  assert summary["status"] == "complete"
+  assert 0 < summary["epsilon"] <= 8.0
+  assert summary["seeded"]
+  assert {"accuracy", "f1", "auc_roc", "delta", "noise_multiplier"} <= set(
+    summary
+  )
+  train_rows = rows(workdir)
+  assert [row["step"] for row in train_rows] == list(range(1, 7))
+  epsilons = [row["epsilon"] for row in train_rows]
+  assert epsilons == sorted(epsilons)
+  assert epsilons[-1] == summary["epsilon"]
+  assert [row["step"] for row in rows(workdir, "test")] == [3, 6]
+  ledger = records.read_json(workdir / "privacy.json")
+  assert ledger["charged_steps"] == 6
+  assert list((workdir / "tensorboard").iterdir())
+  json.dumps(records.to_plain(summary), allow_nan=False)
+
+
+def interrupted_at(workdir, prepared, monkeypatch, *, dispatch, **changes):
+  """Runs until the given dispatch, which never happens."""
+  experiment = open_run(workdir, prepared, **changes)
+  original = loop._Run._dispatch
+
+  def stopping(self, data):
+    if data["step"] == dispatch:
+      self._checkpoints.wait()
+      raise Stop
+    return original(self, data)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(loop._Run, "_dispatch", stopping)
+    with pytest.raises(Stop):
+      loop.train(experiment, log=io.StringIO())
+
+
+@pytest.mark.parametrize("dispatch", [0, 1, 3, 5])
+def test_a_resumed_seeded_run_equals_an_uninterrupted_one_bit_for_bit(
+  uninterrupted, prepared, tmp_path, monkeypatch, dispatch
+):
+  whole_dir, whole, state = uninterrupted
+  interrupted_at(tmp_path, prepared, monkeypatch, dispatch=dispatch)
+  charged = records.read_json(tmp_path / "privacy.json")["charged_steps"]
+  assert charged == dispatch + 1  # Charged though it never ran.
+  summary, resumed = run(tmp_path, prepared)
+  np.testing.assert_array_equal(flat(resumed), flat(state))
+  for name in ("accuracy", "f1", "auc_roc", "loss", "epsilon", "num_steps"):
+    assert summary[name] == whole[name]
+  for row, other in zip(rows(tmp_path), rows(whole_dir), strict=True):
+    # A repeated step was charged before, so its epsilon may already be later.
+    assert row.pop("epsilon") >= other.pop("epsilon")
+    row.pop("examples_per_sec")
+    other.pop("examples_per_sec")
+    assert row == other
+  assert records.read_json(tmp_path / "privacy.json")["charged_steps"] == 6
+  # Fails if: step, optimizer, data position, sampler or noise is not restored.
+
+
+def test_an_unseeded_resume_is_charged_again_and_stops_within_the_budget(
+  prepared, tmp_path, monkeypatch
+):
+  unseeded = {"noise_seed": None, "sampler_seed": None}
+  interrupted_at(tmp_path, prepared, monkeypatch, dispatch=3, **unseeded)
+  # Steps 0 to 3 were charged; the checkpoint is at step 2, so 2 and 3 run
+  # again with fresh noise: 2 + 4 + 2 > 6 charges would be needed.
+  summary, state = run(tmp_path, prepared, **unseeded)
+  assert summary["status"] == "stopped_by_budget"
+  assert summary["charged_steps"] == 6
+  assert summary["num_steps"] == int(state.step) == 4
+  assert summary["epsilon"] <= 8.0
+  history = records.read_json(tmp_path / "privacy.json")["history"]
+  assert [h["resumed_at_step"] for h in history] == [0, 2]
+  # Fails if: a repeated step with fresh noise is not charged.
+
+
+def test_a_finished_run_is_not_trained_again(uninterrupted, prepared):
+  workdir, summary, state = uninterrupted
+  again, resumed = run(workdir, prepared)
+  assert again["charged_steps"] == 6
+  np.testing.assert_array_equal(flat(resumed), flat(state))
+
+
+def test_a_lost_ledger_is_refused(prepared, tmp_path, monkeypatch):
+  interrupted_at(tmp_path, prepared, monkeypatch, dispatch=3)
+  (tmp_path / "privacy.json").unlink()
+  with pytest.raises(ValueError, match=r"privacy\.json"):
+    run(tmp_path, prepared)
+  # Fails if: a run goes on as if it had spent nothing.
+
+
+def test_an_older_ledger_is_refused(prepared, tmp_path, monkeypatch):
+  interrupted_at(tmp_path, prepared, monkeypatch, dispatch=3)
+  ledger = records.read_json(tmp_path / "privacy.json")
+  records.write_json(tmp_path / "privacy.json", ledger | {"charged_steps": 1})
+  with pytest.raises(ValueError, match="older than the checkpoint"):
+    run(tmp_path, prepared)
+
+
+def test_no_key_reaches_a_checkpoint(uninterrupted, prepared):
+  workdir, _, _ = uninterrupted
+  experiment = open_run(workdir, prepared)
+  state, position = loop.restore(experiment)
+  for leaf in jax.tree.leaves(state):
+    assert leaf.dtype in (np.float32, np.int32)
+  assert set(position) == {"data", "sampler", "charged_steps"}
+  # Fails if: a noise key is part of what is saved.
+
+
+@pytest.mark.parametrize("axes", [(8, 1, 1), (2, 2, 2)])
+def test_result_does_not_depend_on_the_mesh(
+  uninterrupted, prepared, tmp_path, monkeypatch, axes
+):
+  _, whole, state = uninterrupted
+  original = tiny.experiment
+
+  def on_mesh(**changes):
+    config = original(**changes)
+    config.mesh = config_lib.MeshConfig(
+      **dict(zip(("data", "fsdp", "tensor"), axes, strict=True))
+    )
+    return config
+
+  monkeypatch.setattr(tiny, "experiment", on_mesh)
+  summary, meshed = run(tmp_path, prepared, devices=8)
+  # Sums over shards round differently, 1e-7 each; six Adam steps amplify.
+  np.testing.assert_allclose(flat(meshed), flat(state), atol=2e-4)
+  assert summary["accuracy"] == pytest.approx(whole["accuracy"], abs=0.02)
+
+
+def test_microbatch_that_does_not_divide_over_the_mesh_is_refused(
+  prepared, tmp_path
+):
+  with pytest.raises(ValueError, match=r"microbatch_size.*Use 16"):
+    open_run(tmp_path, prepared, devices=8, microbatch_size=12)
+
+
+def test_a_diverging_run_stops_and_saves_nothing_of_it(prepared, tmp_path):
+  experiment = open_run(tmp_path, prepared, checkpoint_every_steps=1)
+  experiment.config.optimizer.learning_rate = 1e30
+  experiment = loop.open_experiment(
+    experiment.config, tmp_path, devices=jax.devices()[:1]
+  )
+  with pytest.raises(loop.NonFiniteError, match=r"Step \d.*learning_rate"):
+    loop.train(experiment, log=io.StringIO())
+  state, _ = loop.restore(experiment)
+  assert np.isfinite(flat(state)).all()
+  # Fails if: a checkpoint is written before its metrics were looked at.
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"enabled": False},
+    {"noise": False},
+    {"clipping": config_lib.Clipping.NONE},
+    {"clipping": config_lib.Clipping.BATCH},
+  ],
+)
+def test_runs_without_a_guarantee_say_infinity(prepared, tmp_path, changes):
+  summary, _ = run(tmp_path, prepared, num_steps=2, **changes)
+  assert summary["epsilon"] == np.inf
+  assert summary["guarantee"].startswith("No guarantee")
+  assert records.read_json(tmp_path / "privacy.json")["epsilon"] == "inf"
+  assert all(row["epsilon"] == "inf" for row in rows(tmp_path))
+
+
+def write_images(folder, *, broken=()):
+  rng = np.random.default_rng(0)
+  for split, count in (("train", 12), ("test", 4)):
+    for name in ("cat", "dog"):
+      (folder / split / name).mkdir(parents=True)
+      for number in range(count):
+        pixels = rng.integers(0, 256, (9, 7), np.uint8)
+        path = folder / split / name / f"{number}.png"
+        PIL.Image.fromarray(pixels).save(path)
+        if f"{split}/{name}/{number}.png" in broken:
+          path.write_bytes(path.read_bytes()[:40])
+
+
+def image_run(tmp_path, **data):
+  config = tiny.experiment(expected_batch_size=24, num_steps=2)
+  config.data = dataclasses.replace(
+    config.data,
+    source=config_lib.Source.IMAGE_FOLDER,
+    path=str(tmp_path / "images"),
+    prompt="Which animal is it?",
+    **data,
+  )
+  workdir = tmp_path / "run"
+  workdir.mkdir()
+  experiment = loop.open_experiment(
+    config, workdir, devices=jax.devices()[:1]
+  )
+  return loop.train(experiment, log=io.StringIO())
+
+
+def test_a_folder_of_images_trains_without_sound(tmp_path):
+  write_images(tmp_path / "images")
+  summary, _ = image_run(tmp_path)
+  assert summary["num_train"] == 24
+  assert summary["num_test"] == 8
+  assert summary["bad_records"] == {}
+
+
+def test_a_truncated_image_is_named(tmp_path):
+  write_images(tmp_path / "images", broken=("train/dog/3.png",))
+  with pytest.raises(sources.BadRecordError, match=r"dog/3\.png"):
+    image_run(tmp_path)
+
+
+def test_skipped_images_are_counted_and_reported(tmp_path):
+  broken = ("train/cat/0.png", "test/dog/1.png")
+  write_images(tmp_path / "images", broken=broken)
+  summary, _ = image_run(tmp_path, on_bad_record=config_lib.BadRecord.SKIP)
+  assert sorted(summary["bad_records"]) == sorted(broken)
+  assert summary["num_train"] == 24  # The accountant's number does not move.
+  sizes = [row["nonprivate/batch_size"] for row in rows(tmp_path / "run")]
+  assert max(sizes) <= 23

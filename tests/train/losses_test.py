@@ -1,0 +1,70 @@
+"""Loss terms against numpy, and what padding may add: nothing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import special, stats
+
+from ppnet.train import losses
+
+B, T, V = 3, 4, 5
+
+
+def data():
+  rng = np.random.default_rng(0)
+  logits = rng.normal(size=(2, B, T, V)).astype(np.float32)
+  targets = rng.integers(V, size=(B, T))
+  mask = np.array([[0, 0, 0, 1], [0, 1, 1, 0], [0, 0, 0, 0]], np.float32)
+  return jnp.asarray(logits), jnp.asarray(targets), jnp.asarray(mask)
+
+
+def test_cross_entropy_is_the_mean_over_each_example_s_own_positions():
+  logits, targets, mask = data()
+  got = losses.cross_entropy(logits[0], targets, mask)
+  log_probs = special.log_softmax(np.asarray(logits[0], np.float64), axis=-1)
+  expected = [
+    -log_probs[0, 3, targets[0, 3]],
+    -(log_probs[1, 1, targets[1, 1]] + log_probs[1, 2, targets[1, 2]]) / 2,
+    0.0,  # Nothing to predict: padding.
+  ]
+  np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+def test_consistency_is_the_divergence_from_clean_to_noisy():
+  logits, _, mask = data()
+  got = losses.consistency(logits[0], logits[1], mask)
+  probs = special.softmax(np.asarray(logits, np.float64), axis=-1)
+  expected = [
+    stats.entropy(probs[0, 0, 3], probs[1, 0, 3]),
+    (
+      stats.entropy(probs[0, 1, 1], probs[1, 1, 1])
+      + stats.entropy(probs[0, 1, 2], probs[1, 1, 2])
+    )
+    / 2,
+    0.0,
+  ]
+  np.testing.assert_allclose(got, expected, rtol=1e-4)
+  np.testing.assert_array_equal(
+    losses.consistency(logits[0], logits[0], mask), 0
+  )
+
+
+def test_answer_logits_are_those_at_the_masked_position():
+  logits, _, _ = data()
+  mask = jnp.zeros((B, T)).at[jnp.arange(B), jnp.array([3, 0, 2])].set(1)
+  got = losses.answer_logits(logits[0], mask)
+  for row, position in enumerate((3, 0, 2)):
+    np.testing.assert_array_equal(got[row], logits[0, row, position])
+
+
+def test_gradients_of_an_example_touch_no_other():
+  logits, targets, mask = data()
+
+  def loss(logits):
+    return losses.cross_entropy(logits, targets, mask)
+
+  jacobian = jax.jit(jax.jacrev(loss))(logits[0])  # [B, B, T, V]
+  size = np.abs(np.asarray(jacobian)).sum(axis=(2, 3))
+  np.testing.assert_array_equal(size - np.diag(np.diag(size)), 0)
+  assert size[0, 0] > 0
+  # Fails if: a loss is averaged over the batch.
