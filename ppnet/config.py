@@ -1,4 +1,4 @@
-"""Every knob of an experiment, as slotted dataclasses, and what makes them valid.
+"""Every knob of an experiment, as slotted dataclasses, and what is valid.
 
 A file in `configs/` returns one `ExperimentConfig`; flags override any field
 (`--config.privacy.epsilon=3`); `validate` runs after the flags, because
@@ -357,8 +357,22 @@ class PerfConfig:
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class ExperimentConfig:
-  """One experiment. `name` is for people; `seed` fixes initial parameters and
-  attention noise (never the DP noise or the sampler: see `PrivacyConfig`)."""
+  """One experiment.
+
+  Attributes:
+    name: for people; also the default folder's name.
+    job: what to do.
+    seed: fixes initial parameters and attention noise; never the DP noise or
+      the sampler, which `privacy` seeds.
+    data: see `DataConfig`.
+    model: see `ModelConfig`.
+    attention_noise: see `AttentionNoiseConfig`.
+    privacy: see `PrivacyConfig`.
+    optimizer: see `OptimizerConfig`.
+    train: see `TrainConfig`.
+    mesh: see `MeshConfig`.
+    perf: see `PerfConfig`.
+  """
 
   name: str = "experiment"
   job: Job = Job.TRAIN
@@ -510,9 +524,17 @@ def _validate_model(config: ExperimentConfig) -> None:
     **{
       f"model.decoder.{name}": getattr(decoder, name)
       for name in (
-        "vocab_size embed_dim num_layers num_heads num_kv_heads head_dim"
-        " mlp_dim max_seq_len rope_theta rms_norm_eps"
-      ).split()
+        "vocab_size",
+        "embed_dim",
+        "num_layers",
+        "num_heads",
+        "num_kv_heads",
+        "head_dim",
+        "mlp_dim",
+        "max_seq_len",
+        "rope_theta",
+        "rms_norm_eps",
+      )
     }
   )
   if decoder.num_heads % decoder.num_kv_heads:

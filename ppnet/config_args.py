@@ -1,8 +1,8 @@
 """Command-line flags that name fields of the configuration.
 
 `ml_collections` sets `--config.a.b=value` on the dataclasses. What it lacks is
-here: an unknown field suggests the closest one, `none` unsets an optional field,
-and `--help` lists every field.
+here: an unknown field suggests the closest one, `none` unsets an optional
+field, and `--help` lists every field.
 """
 
 import dataclasses

@@ -1,9 +1,9 @@
-"""Runs one job, or a sweep of jobs, from one config file.
+r"""Runs one job, or a sweep of jobs, from one config file.
 
   python -m ppnet.main --config=configs/quickstart.py
-  python -m ppnet.main --config=configs/quickstart.py --workdir=runs/eps1 \\
+  python -m ppnet.main --config=configs/quickstart.py --workdir=runs/eps1 \
       --config.privacy.epsilon=1 --config.seed=3
-  python -m ppnet.main --config=configs/quickstart.py \\
+  python -m ppnet.main --config=configs/quickstart.py \
       --sweep="privacy.epsilon=1,2,4,8;seed=0,1,2" --sweep_shard=0/2
 
 Any field of the configuration is a flag (--config.FIELD=VALUE); "none" unsets
@@ -48,7 +48,13 @@ _SWEEP_SHARD = flags.DEFINE_string(
   "sweep_shard", "0/1", "i/n: this machine takes every n-th run from i on."
 )
 _SWEEP_COLUMNS = (
-  "accuracy f1 auc_roc epsilon delta noise_multiplier num_steps".split()
+  "accuracy",
+  "f1",
+  "auc_roc",
+  "epsilon",
+  "delta",
+  "noise_multiplier",
+  "num_steps",
 )
 
 
@@ -185,7 +191,7 @@ def _main(argv: Sequence[str]) -> None:
     if _SWEEP.value is None:
       run_job(config, workdir)
     else:
-      _sweep(workdir, arguments)
+      _sweep(_SWEEP.value, workdir, arguments)
   except (ValueError, RuntimeError) as error:
     if not _raised_by_ppnet(error):
       raise  # A bug, ours or a library's: the traceback is what helps.
@@ -194,9 +200,11 @@ def _main(argv: Sequence[str]) -> None:
     sys.exit("interrupted; the same command goes on from the last checkpoint")
 
 
-def _sweep(workdir: pathlib.Path, arguments: config_args.Arguments) -> None:
+def _sweep(
+  text: str, workdir: pathlib.Path, arguments: config_args.Arguments
+) -> None:
   """Runs this shard of the grid and prints what all shards have so far."""
-  grid = sweep.parse_grid(_SWEEP.value)
+  grid = sweep.parse_grid(text)
   arguments.check_fields([o.split("=")[0] for o in grid[0]])
   rows, failed = sweep.run(
     grid,

@@ -10,6 +10,8 @@ Environment:
 """
 
 import os
+import shutil
+import tempfile
 
 
 def _limit_threads() -> None:
@@ -27,6 +29,23 @@ def _limit_threads() -> None:
   os.environ["XLA_FLAGS"] = " ".join(
     [os.environ.get("XLA_FLAGS", ""), "--xla_cpu_multi_thread_eigen=false"]
   ).strip()
+
+
+# Many tests train the same tiny model, some in processes of their own: it is
+# compiled once per session, by whichever comes first. Made anew each time, so
+# that no program of an earlier version can hide.
+_IS_CONTROLLER = "PYTEST_XDIST_WORKER" not in os.environ
+if _IS_CONTROLLER:
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(
+    prefix="ppnet-tests-"
+  )
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+
+
+def pytest_unconfigure():
+  """Removes the compiled programs when the last process is done."""
+  if _IS_CONTROLLER:
+    shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 _limit_threads()  # Before the imports below: libraries read it on loading.

@@ -31,9 +31,7 @@ def experiment(**changes) -> config.ExperimentConfig:
     attention_noise=config.AttentionNoiseConfig(
       stddev=0.1, consistency_weight=0.1
     ),
-    privacy=config.PrivacyConfig(
-      epsilon=8.0, noise_seed=11, sampler_seed=12
-    ),
+    privacy=config.PrivacyConfig(epsilon=1.0, noise_seed=11, sampler_seed=12),
     optimizer=config.OptimizerConfig(learning_rate=1e-2),
     train=config.TrainConfig(
       num_steps=6,
@@ -51,3 +49,8 @@ def experiment(**changes) -> config.ExperimentConfig:
     )
     setattr(holder, name, value)
   return cfg
+
+
+def get_config() -> config.ExperimentConfig:
+  """For `--config=tests/tiny.py`."""
+  return experiment()

@@ -6,7 +6,9 @@ from ppnet.audit import attacks
 from ppnet.train import loop
 
 
-def loss_attack(experiment: loop.Experiment, params: Any) -> attacks.AttackResult:
+def loss_attack(
+  experiment: loop.Experiment, params: Any
+) -> attacks.AttackResult:
   """The loss threshold attack: training records tend to have lower losses.
 
   Yeom et al. 2018, adversary 2 (https://arxiv.org/abs/1709.01604), with the

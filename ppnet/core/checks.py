@@ -58,6 +58,6 @@ def at_most(bound: float, remedy: str = "", /, **values: float) -> None:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-  """Returns " Did you mean 'x'?" for the closest known name, or an empty string."""
+  """Returns " Did you mean 'x'?" for the closest known name, or nothing."""
   close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
   return f" Did you mean {close[0]!r}?" if close else ""

@@ -17,8 +17,16 @@ _NOT_PART_OF_THE_EXPERIMENT = frozenset({"job"})
 # Once one of these is there the run has begun, and its configuration stands.
 _BINDING = ("privacy.json", "summary.json")
 _VERSIONED = (
-  "ppnet jax jaxlib flax optax orbax-checkpoint grain dp-accounting numpy"
-).split()
+  "ppnet",
+  "jax",
+  "jaxlib",
+  "flax",
+  "optax",
+  "orbax-checkpoint",
+  "grain",
+  "dp-accounting",
+  "numpy",
+)
 
 
 class WorkdirError(ValueError):

@@ -72,7 +72,9 @@ class Source(Protocol):
 
 def encode_record(record: Record) -> bytes:
   """Returns the record as msgpack, the form that PREPARE writes."""
-  return msgpack.packb(dict(record))
+  content = msgpack.packb(dict(record))
+  assert content is not None  # Only a streaming packer returns nothing.
+  return content
 
 
 def decode_record(content: bytes, *, fallback_id: str) -> Record:

@@ -1,4 +1,4 @@
-"""Standard normals as a pure function of (key, example, head, query, key token).
+"""Standard normals as a pure function of (key, head, query, key token).
 
 A counter-based generator (Salmon et al. 2011, "Parallel random numbers: as easy
 as 1, 2, 3", https://doi.org/10.1145/2063384.2063405): the value at one position

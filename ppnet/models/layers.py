@@ -1,5 +1,7 @@
 """Layers that own parameters. All of them multiply through `param_ops` only."""
 
+from typing import cast
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,19 @@ from ppnet.core import param_ops
 def _path(module: nn.Module, name: str) -> str:
   """The parameter's path, for engines' error messages."""
   return "/".join((*module.path, name))
+
+
+def _param(
+  module: nn.Module,
+  name: str,
+  init: nn.initializers.Initializer,
+  *,
+  shape: tuple[int, ...],
+  axes: tuple[str | None, ...],
+) -> jax.Array:
+  """A float32 parameter that carries its logical axes until it is unboxed."""
+  value = module.param(name, nn.with_logical_partitioning(init, axes), shape)
+  return cast(jax.Array, value)  # Linen declares the box; apply() unboxes.
 
 
 class Dense(nn.Module):
@@ -31,20 +46,21 @@ class Dense(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "*b I"]) -> Float[Array, "*b O"]:
     """Multiplies the last axis."""
-    kernel = self.param(
+    kernel = _param(
+      self,
       "kernel",
-      nn.with_logical_partitioning(
-        nn.initializers.variance_scaling(self.init_scale, "fan_in", "normal"),
-        self.axes,
-      ),
-      (x.shape[-1], self.features),
+      nn.initializers.variance_scaling(self.init_scale, "fan_in", "normal"),
+      shape=(x.shape[-1], self.features),
+      axes=self.axes,
     )
     return self.ops.dense(_path(self, "kernel"), kernel.astype(x.dtype), x)
 
 
 class RMSNorm(nn.Module):
-  """x / rms(x) * scale (Zhang and Sennrich 2019, eq. 4,
-  https://arxiv.org/abs/1910.07467), computed in float32."""
+  """x / rms(x) * scale, computed in float32.
+
+  Zhang and Sennrich 2019, eq. 4, https://arxiv.org/abs/1910.07467.
+  """
 
   eps: float
   ops: param_ops.ParamOps
@@ -53,10 +69,12 @@ class RMSNorm(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
     """Normalises the last axis; the dtype stays."""
-    scale = self.param(
+    scale = _param(
+      self,
       "scale",
-      nn.with_logical_partitioning(nn.initializers.ones, self.axes),
-      (x.shape[-1],),
+      nn.initializers.ones,
+      shape=(x.shape[-1],),
+      axes=self.axes,
     )
     wide = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(
@@ -75,12 +93,12 @@ class Embed(nn.Module):
 
   def setup(self):
     """Declares the table [V, D]."""
-    self.table = self.param(
+    self.table = _param(
+      self,
       "table",
-      nn.with_logical_partitioning(
-        nn.initializers.normal(stddev=1.0), ("vocab", "embed")
-      ),
-      (self.vocab_size, self.features),
+      nn.initializers.normal(stddev=1.0),
+      shape=(self.vocab_size, self.features),
+      axes=("vocab", "embed"),
     )
 
   def __call__(
@@ -106,18 +124,19 @@ class Conv(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 O"]:
     """Convolves the two middle axes."""
-    kernel = self.param(
+    kernel = _param(
+      self,
       "kernel",
-      nn.with_logical_partitioning(
-        nn.initializers.variance_scaling(2.0, "fan_in", "normal"),
-        (None, None, "stem", "stem_out"),
-      ),
-      (3, 3, x.shape[-1], self.features),
+      nn.initializers.variance_scaling(2.0, "fan_in", "normal"),
+      shape=(3, 3, x.shape[-1], self.features),
+      axes=(None, None, "stem", "stem_out"),
     )
-    bias = self.param(
+    bias = _param(
+      self,
       "bias",
-      nn.with_logical_partitioning(nn.initializers.zeros, ("stem_out",)),
-      (self.features,),
+      nn.initializers.zeros,
+      shape=(self.features,),
+      axes=("stem_out",),
     )
     out = self.ops.conv(
       _path(self, "kernel"), kernel.astype(x.dtype), x, self.stride

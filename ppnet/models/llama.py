@@ -66,8 +66,10 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-  """SwiGLU: (silu(x gate) * (x up)) down (Shazeer 2020, eq. 6,
-  https://arxiv.org/abs/2002.05202)."""
+  """SwiGLU: (silu(x gate) * (x up)) down.
+
+  Shazeer 2020, eq. 6, https://arxiv.org/abs/2002.05202.
+  """
 
   config: config_lib.LlamaConfig
   ops: param_ops.ParamOps

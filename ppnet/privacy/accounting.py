@@ -374,6 +374,8 @@ def _one_step(
   takes most of the time, and a curve over steps asks for dozens of them.
   """
   event, its_relation = _event(noise_multiplier, sampling_prob, relation)
+  assert isinstance(event, dp_accounting.PoissonSampledDpEvent)
+  assert isinstance(event.event, dp_accounting.GaussianDpEvent)
   return pld.privacy_loss_distribution.from_gaussian_mechanism(
     standard_deviation=event.event.noise_multiplier,
     value_discretization_interval=interval,

@@ -229,7 +229,7 @@ class Ledger:
     self, *, charged_steps: int, restart_at_step: int | None = None
   ) -> None:
     """Writes the new state; only then believes it."""
-    record = {
+    record: dict[str, Any] = {
       **self._record,
       "charged_steps": charged_steps,
       "epsilon": records.to_plain(self._epsilon_after(charged_steps)),

@@ -82,6 +82,8 @@ def gaussian_privatizer(
       ]
     return jax.tree.unflatten(structure, leaves), state
 
+  # Optax passes the first argument by position; its name says what may enter.
+  # pyrefly: ignore [bad-argument-type]
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 

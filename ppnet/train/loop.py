@@ -210,7 +210,7 @@ def restore(
 
 
 class _Run:
-  """One process's share of a run: the state between steps and the open files."""
+  """One process's run: the state between steps and the open files."""
 
   def __init__(self, experiment: Experiment):
     config = experiment.config
@@ -328,9 +328,7 @@ class _Run:
         self.state.step,
       )
       parts.append(part)
-    self.state, scalars = program.update(
-      self.state, grad_sum, self._noise_key
-    )
+    self.state, scalars = program.update(self.state, grad_sum, self._noise_key)
     del grad_sum  # Donated, and private.
     return parts, scalars
 
@@ -345,9 +343,7 @@ class _Run:
       parts,
       scalars,
       l2_clip_norm=(
-        self._mechanism.l2_clip_norm
-        if self._clips_each_example
-        else None
+        self._mechanism.l2_clip_norm if self._clips_each_example else None
       ),
       consistency_weight=noise.consistency_weight if noise.stddev else 0.0,
     )

@@ -24,7 +24,7 @@ def schedule(
 def build(
   config: config_lib.OptimizerConfig, num_steps: int
 ) -> optax.GradientTransformation:
-  """The transformation behind the privatizer: post-processing, costs nothing."""
+  """The transformation behind the privatizer: free, as post-processing is."""
   rate = schedule(config, num_steps)
   match config.name:
     case config_lib.OptimizerName.ADAMW:

@@ -204,7 +204,7 @@ def _state_shardings(
   params = rules.param_shardings(mesh, boxed)
   replicated = rules_lib.replicated(mesh)
   opt_state = optax.tree.map_params(
-    tx,
+    tx.init,
     lambda _, sharding: sharding,
     jax.eval_shape(tx.init, nn.meta.unbox(boxed)),
     params,

@@ -77,6 +77,8 @@ def test_a_position_s_value_does_not_depend_on_the_block():
 
 def test_rejects_keys_that_are_not_threefry():
   with pytest.raises(TypeError, match="threefry2x32"):
-    counter_noise.head_keys(jax.random.split(jax.random.key(0, impl="rbg"), 2), 2)
+    counter_noise.head_keys(
+      jax.random.split(jax.random.key(0, impl="rbg"), 2), 2
+    )
   with pytest.raises(TypeError, match="typed PRNG keys"):
     counter_noise.check_threefry(jnp.zeros((2, 2), jnp.uint32))

@@ -192,7 +192,11 @@ def test_gradients_match_finite_differences(mode):
     return (out * jnp.cos(jnp.arange(out.size).reshape(out.shape))).sum()
 
   jax.test_util.check_grads(
-    loss, (q, k, v, jnp.float32(0.05)), order=1, modes=["rev"], atol=1e-2,
+    loss,
+    (q, k, v, jnp.float32(0.05)),
+    order=1,
+    modes=["rev"],
+    atol=1e-2,
     rtol=1e-2,
   )
 

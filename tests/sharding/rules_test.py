@@ -19,7 +19,9 @@ def mesh(data=2, fsdp=2, tensor=2):
 
 
 def boxed(shape, names):
-  return nn.LogicallyPartitioned(jax.ShapeDtypeStruct(shape, jnp.float32), names)
+  return nn.LogicallyPartitioned(
+    jax.ShapeDtypeStruct(shape, jnp.float32), names
+  )
 
 
 def test_mesh_fills_the_free_axis():
@@ -27,7 +29,9 @@ def test_mesh_fills_the_free_axis():
   assert dict(built.shape) == {"data": 2, "fsdp": 4, "tensor": 1}
 
 
-@pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, 3, 1), (2, 2, 1), (16, 1, 1)])
+@pytest.mark.parametrize(
+  "sizes", [(3, 1, 1), (-1, 3, 1), (2, 2, 1), (16, 1, 1)]
+)
 def test_mesh_that_does_not_use_every_device_is_refused(sizes):
   with pytest.raises(ValueError, match="multiply to the 8 devices"):
     mesh(*sizes)
@@ -50,7 +54,9 @@ def test_spec_refuses_unknown_and_doubled_axes():
 
 def test_a_parameter_that_does_not_divide_is_named():
   params = {"layer": {"kernel": boxed((6, 5), ("embed", "mlp"))}}
-  with pytest.raises(ValueError, match=r"\['layer'\]\['kernel'\].*'tensor' \(2\)"):
+  with pytest.raises(
+    ValueError, match=r"\['layer'\]\['kernel'\].*'tensor' \(2\)"
+  ):
     rules_lib.Rules().param_shardings(mesh(), params)
   # Fails if: a parameter that does not fit is quietly replicated.
 

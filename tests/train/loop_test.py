@@ -33,9 +33,7 @@ def open_run(workdir, prepared, *, devices=1, **changes):
   config.data.prepared_dir = prepared
   workdir.mkdir(exist_ok=True)
   records.write_json(workdir / "config.json", {"config": config})
-  return loop.open_experiment(
-    config, workdir, devices=jax.devices()[:devices]
-  )
+  return loop.open_experiment(config, workdir, devices=jax.devices()[:devices])
 
 
 def run(workdir, prepared, **kwargs):
@@ -63,7 +61,7 @@ def test_a_run_writes_its_records(uninterrupted):
   workdir, summary, _ = uninterrupted
   assert summary["num_steps"] == summary["charged_steps"] == 6
   assert summary["status"] == "complete"
-  assert 0 < summary["epsilon"] <= 8.0
+  assert 0 < summary["epsilon"] <= 1.0
   assert summary["seeded"]
   assert {"accuracy", "f1", "auc_roc", "delta", "noise_multiplier"} <= set(
     summary
@@ -130,7 +128,7 @@ def test_an_unseeded_resume_is_charged_again_and_stops_within_the_budget(
   assert summary["status"] == "stopped_by_budget"
   assert summary["charged_steps"] == 6
   assert summary["num_steps"] == int(state.step) == 4
-  assert summary["epsilon"] <= 8.0
+  assert summary["epsilon"] <= 1.0
   history = records.read_json(tmp_path / "privacy.json")["history"]
   assert [h["resumed_at_step"] for h in history] == [0, 2]
   # Fails if: a repeated step with fresh noise is not charged.
@@ -251,9 +249,7 @@ def image_run(tmp_path, **data):
   )
   workdir = tmp_path / "run"
   workdir.mkdir()
-  experiment = loop.open_experiment(
-    config, workdir, devices=jax.devices()[:1]
-  )
+  experiment = loop.open_experiment(config, workdir, devices=jax.devices()[:1])
   return loop.train(experiment, log=io.StringIO())
 
 

@@ -138,9 +138,10 @@ def test_how_a_batch_is_cut_changes_nothing(cut):
 
 def test_an_empty_draw_is_a_step_of_pure_noise():
   mechanism = build()
-  empty = {name: value[:0] for name, value in records(
-    np.random.default_rng(0), 1
-  ).items()}
+  empty = {
+    name: value[:0]
+    for name, value in records(np.random.default_rng(0), 1).items()
+  }
   new, scalars, parts = take(mechanism, empty, cut=4)
   moved = (flat(fresh_state()) - flat(new)) / LEARNING_RATE * 10
   assert parts == []
@@ -207,7 +208,11 @@ def test_a_bad_example_counts_as_zero_and_touches_no_other():
   expected, _, _ = take(mechanism, without, cut=5)
   np.testing.assert_allclose(flat(got), flat(expected), rtol=1e-5)
   assert np.asarray(parts[0].is_nonfinite).tolist() == [
-    False, False, True, False, False,
+    False,
+    False,
+    True,
+    False,
+    False,
   ]
 
 

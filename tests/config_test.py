@@ -1,0 +1,77 @@
+"""validate() names the field, the value and the remedy."""
+
+import pytest
+
+from ppnet import config as config_lib
+from tests import tiny
+
+
+def test_defaults_of_the_tests_are_valid():
+  config_lib.validate(tiny.experiment())
+
+
+@pytest.mark.parametrize(
+  ("field", "value", "message"),
+  [
+    ("privacy.epsilon", 0.0, "privacy.epsilon > 0"),
+    ("privacy.epsilon", -3.0, "privacy.epsilon > 0"),
+    ("privacy.epsilon", None, "exactly one of"),
+    ("privacy.noise_multiplier", 1.0, "exactly one of"),
+    ("privacy.delta", 0.0, "0 < privacy.delta < 1"),
+    ("privacy.delta", 1.0, "0 < privacy.delta < 1"),
+    ("privacy.l2_clip_norm", 0.0, "privacy.l2_clip_norm > 0"),
+    ("privacy.unit", config_lib.PrivacyUnit.USER, "privacy.unit"),
+    ("data.image_channels", 2, r"1 \(grey\) or 3"),
+    ("data.pixel_std", 0.0, "data.pixel_std > 0"),
+    ("data.test_fraction", 1.0, "data.test_fraction < 1"),
+    ("data.source", config_lib.Source.IMAGE_FOLDER, "data.path"),
+    ("data.vocab_size", 97, "model.decoder.vocab_size >= data.vocab_size"),
+    ("data.audio.max_hz", 5000.0, "sample_rate_hz / 2"),
+    ("data.audio.num_mfcc", 41, "num_mfcc <= data.audio.num_mels"),
+    ("data.audio.max_secs", 0.01, "at least one window"),
+    ("model.decoder.num_kv_heads", 4, "a multiple of num_kv_heads"),
+    ("model.decoder.head_dim", 5, "even"),
+    ("model.image.strides", (1, 2), "as many model.image.channels"),
+    ("model.audio.frames_per_token", 0, "frames_per_token > 0"),
+    ("attention_noise.stddev", -0.1, "attention_noise.stddev >= 0"),
+    ("train.num_steps", 0, "train.num_steps > 0"),
+    ("perf.microbatch_size", 0, "perf.microbatch_size > 0"),
+    ("optimizer.learning_rate", float("nan"), "learning_rate > 0"),
+    ("optimizer.beta2", 1.0, "optimizer.beta2 < 1"),
+    ("mesh.data", 0, "mesh sizes"),
+    ("mesh.fsdp", -1, "mesh sizes"),
+  ],
+)
+def test_an_invalid_field_is_named(field, value, message):
+  config = tiny.experiment()
+  *parents, last = field.split(".")
+  holder = config
+  for parent in parents:
+    holder = getattr(holder, parent)
+  assert hasattr(holder, last)
+  setattr(holder, last, value)
+  with pytest.raises(ValueError, match=message):
+    config_lib.validate(config)
+
+
+def test_a_misspelt_field_cannot_be_set():
+  with pytest.raises(AttributeError):
+    tiny.experiment().privacy.epsilo = 3.0
+
+
+def test_token_counts_follow_the_stems():
+  config = tiny.experiment()
+  config.data.image_size = 9
+  config.model.image = config_lib.ImageStemConfig(
+    channels=(4, 4), strides=(2, 2)
+  )
+  assert config_lib.num_image_tokens(config) == 9  # 9 -> 5 -> 3.
+  config.data.audio = config_lib.AudioConfig(
+    sample_rate_hz=100, max_secs=1.0, window_secs=0.2, hop_secs=0.1
+  )
+  assert config_lib.num_audio_frames(config.data.audio) == 9
+  config.model.audio = config_lib.AudioStemConfig(frames_per_token=4)
+  assert config_lib.num_audio_tokens(config) == 3
+  config.model.image = config.model.audio = None
+  assert config_lib.num_image_tokens(config) == 0
+  assert config_lib.num_audio_tokens(config) == 0
