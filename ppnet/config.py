@@ -13,6 +13,11 @@ import enum
 
 from ppnet.core import checks
 
+# In the order in which they stand before the prompt. A name is the key of the
+# record's media, the field of `ModelConfig` that shapes its stem, and the
+# spelling of its placeholder token, "<name>".
+MODALITIES = ("image", "audio")
+
 
 class Job(enum.Enum):
   """What one run of `ppnet.main` does."""
@@ -224,7 +229,13 @@ class AudioStemConfig:
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class ModelConfig:
-  """The multimodal network: stems, projectors, decoder."""
+  """The multimodal network: stems, projectors, decoder.
+
+  Attributes:
+    decoder: see `LlamaConfig`.
+    image: stem of pictures; None leaves them out.
+    audio: stem of sounds; None leaves them out.
+  """
 
   decoder: LlamaConfig = dataclasses.field(default_factory=LlamaConfig)
   image: ImageStemConfig | None = dataclasses.field(
@@ -399,22 +410,18 @@ def num_audio_frames(audio: AudioConfig) -> int:
   return 1 + (samples - window) // hop
 
 
-def num_audio_tokens(config: ExperimentConfig) -> int:
-  """Tokens that one recording takes in the decoder; 0 without an audio stem."""
-  if config.model.audio is None:
-    return 0
-  frames = num_audio_frames(config.data.audio)
-  return -(-frames // config.model.audio.frames_per_token)
-
-
-def num_image_tokens(config: ExperimentConfig) -> int:
-  """Tokens that one picture takes in the decoder; 0 without an image stem."""
-  if config.model.image is None:
-    return 0
-  size = config.data.image_size
-  for stride in config.model.image.strides:
-    size = -(-size // stride)  # SAME padding.
-  return size * size
+def num_media_tokens(config: ExperimentConfig) -> dict[str, int]:
+  """Tokens that each modality with a stem takes in the decoder."""
+  counts = {}
+  if config.model.image is not None:
+    size = config.data.image_size
+    for stride in config.model.image.strides:
+      size = -(-size // stride)  # SAME padding.
+    counts["image"] = size * size
+  if config.model.audio is not None:
+    frames = num_audio_frames(config.data.audio)
+    counts["audio"] = -(-frames // config.model.audio.frames_per_token)
+  return counts
 
 
 def validate(config: ExperimentConfig) -> None:

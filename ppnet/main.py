@@ -141,8 +141,13 @@ def _plan(experiment: loop.Experiment) -> str:
   return "\n".join(
     [
       f"{config.name}: {experiment.card.num_train:,} training records,"
-      f" {config_lib.num_image_tokens(config)} image and"
-      f" {config_lib.num_audio_tokens(config)} audio tokens each",
+      " "
+      + " and ".join(
+        f"{count} {name}"
+        for name, count in config_lib.num_media_tokens(config).items()
+        if name in experiment.card.modalities
+      )
+      + " tokens each",
       f"model: {experiment.program.num_parameters:,} parameters on"
       f" {jax.device_count()} {jax.default_backend()} device(s)",
       f"steps: {config.train.num_steps} of about"

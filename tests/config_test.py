@@ -65,13 +65,13 @@ def test_token_counts_follow_the_stems():
   config.model.image = config_lib.ImageStemConfig(
     channels=(4, 4), strides=(2, 2)
   )
-  assert config_lib.num_image_tokens(config) == 9  # 9 -> 5 -> 3.
   config.data.audio = config_lib.AudioConfig(
     sample_rate_hz=100, max_secs=1.0, window_secs=0.2, hop_secs=0.1
   )
   assert config_lib.num_audio_frames(config.data.audio) == 9
   config.model.audio = config_lib.AudioStemConfig(frames_per_token=4)
-  assert config_lib.num_audio_tokens(config) == 3
-  config.model.image = config.model.audio = None
-  assert config_lib.num_image_tokens(config) == 0
-  assert config_lib.num_audio_tokens(config) == 0
+  counts = config_lib.num_media_tokens(config)
+  assert counts == {"image": 9, "audio": 3}  # 9 -> 5 -> 3 pixels a side.
+  assert tuple(counts) == config_lib.MODALITIES  # Their order in the stream.
+  config.model.image = None
+  assert config_lib.num_media_tokens(config) == {"audio": 3}

@@ -22,7 +22,7 @@ import os
 import pathlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex
 
 import grain
 import numpy as np
@@ -110,14 +110,22 @@ def layout(
     ValueError: the sequence is longer than the decoder's, or the tokenizer has
       more pieces than the vocabulary.
   """
-  num_image = config_lib.num_image_tokens(config) if card.has_image else 0
-  num_audio = config_lib.num_audio_tokens(config) if card.has_audio else 0
+  counts = {
+    name: count
+    for name, count in config_lib.num_media_tokens(config).items()
+    if name in card.modalities
+  }
   prompt = tokenizer.encode(config.data.prompt)
   tokens = np.array(
-    [tokenizer.bos_id]
-    + [tokenizer.image_id] * num_image
-    + [tokenizer.audio_id] * num_audio
-    + prompt,
+    [
+      tokenizer.bos_id,
+      *(
+        tokenizer.placeholder_ids[name]
+        for name, count in counts.items()
+        for _ in range(count)
+      ),
+      *prompt,
+    ],
     np.int32,
   )
   max_seq_len = config.model.decoder.max_seq_len
@@ -127,8 +135,7 @@ def layout(
       "Raise max_seq_len, shorten config.data.prompt, or let the stems make"
       " fewer tokens.",
       bos=1,
-      image=num_image,
-      audio=num_audio,
+      **counts,
       prompt=len(prompt),
       total=len(tokens),
     )
@@ -222,17 +229,18 @@ def examples(
     pathlib.Path(prepared_dir) / prepare.TOKENIZER_NAME,
     class_names=card.class_names,
   )
-  transforms: dict[str, tuple[grain.transforms.Map, ...]] = {}
-  if config.model.image is not None and card.has_image:
-    transforms["image"] = image.transforms(config.data)
-  if config.model.audio is not None and card.has_audio:
-    transforms["audio"] = audio.transforms(config.data.audio)
+  media = _media(config.data)
+  wanted = [
+    name
+    for name in card.modalities
+    if name in config_lib.num_media_tokens(config)
+  ]
   return grain.MapDataset.source(
     _Examples(
       source,
       layout=layout(config, card, tokenizer=tokenizer),
-      transforms=transforms,
-      blank=_blank_media(config.data, transforms),
+      transforms={name: media[name].transforms for name in wanted},
+      blank={name: np.zeros(media[name].shape, np.float32) for name in wanted},
       skip=config.data.on_bad_record is config_lib.BadRecord.SKIP,
       bad_records=BadRecords() if bad_records is None else bad_records,
       cache=config.data.cache,
@@ -240,19 +248,25 @@ def examples(
   )
 
 
-def _blank_media(
-  config: config_lib.DataConfig, names: Mapping[str, object]
-) -> batching.Batch:
-  """Returns zeros of the shapes that decoding gives, for the names given."""
+class _Media(NamedTuple):
+  """How the encoded bytes of one modality become one array."""
+
+  transforms: tuple[grain.transforms.Map, ...]
+  shape: tuple[int, ...]  # Of the float32 array that comes out.
+
+
+def _media(config: config_lib.DataConfig) -> dict[str, _Media]:
+  """The modalities. A new one needs an entry here."""
   size = config.image_size
-  shapes = {
-    "image": (size, size, config.image_channels),
-    "audio": (
-      audio.num_frames(config.audio),
-      audio.num_features(config.audio),
+  return {
+    "image": _Media(
+      image.transforms(config), (size, size, config.image_channels)
+    ),
+    "audio": _Media(
+      audio.transforms(config.audio),
+      (audio.num_frames(config.audio), audio.num_features(config.audio)),
     ),
   }
-  return {name: np.zeros(shapes[name], np.float32) for name in names}
 
 
 class _Examples:

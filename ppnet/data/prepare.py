@@ -66,8 +66,7 @@ class Card:
     class_names: the label is a position in it.
     num_train: records of the train split.
     num_test: records of the test split.
-    has_image: whether records hold a picture.
-    has_audio: whether records hold a recording.
+    modalities: what records hold beside the text, of `config.MODALITIES`.
     origin: where the data come from.
     licence: under what terms.
     prompt: the public text of every example.
@@ -81,8 +80,7 @@ class Card:
   class_names: tuple[str, ...]
   num_train: int
   num_test: int
-  has_image: bool
-  has_audio: bool
+  modalities: tuple[str, ...]
   origin: str
   licence: str
   prompt: str
@@ -116,7 +114,8 @@ class Card:
         fields=sorted(value),
       )
     fields: dict[str, Any] = dict(value)
-    fields["class_names"] = tuple(value["class_names"])
+    for name in ("class_names", "modalities"):  # JSON has no tuples.
+      fields[name] = tuple(value[name])
     return cls(**fields)
 
 
@@ -253,8 +252,7 @@ def _prepare_digits(
     class_names=class_names,
     num_train=len(train),
     num_test=len(test),
-    has_image=True,
-    has_audio=True,
+    modalities=("image", "audio"),
     origin=_DIGITS_ORIGIN,
     licence=_DIGITS_LICENCE,
     prompt=config.prompt,
@@ -279,8 +277,7 @@ def _prepare_image_folder(
     class_names=train.class_names,
     num_train=len(train),
     num_test=len(test),
-    has_image=True,
-    has_audio=False,
+    modalities=("image",),
     origin=f"The folder {folder}, read in place.",
     licence=_FOLDER_LICENCE,
     prompt=config.prompt,

@@ -25,10 +25,10 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import sentencepiece
 
+from ppnet import config as config_lib
 from ppnet.core import checks, records
 
 PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
-IMAGE, AUDIO = "<image>", "<audio>"
 # One of SentencePiece's 256 byte pieces costs a vocabulary entry.
 _NUM_BYTES = 256
 
@@ -48,9 +48,22 @@ _DIGIT_WORDS = "zero one two three four five six seven eight nine"
 _PROMPT_REPEATS = 20
 
 
+def placeholder_piece(modality: str) -> str:
+  """Returns the piece whose place one embedding of a modality takes."""
+  return f"<{modality}>"
+
+
 def answer_piece(class_name: str) -> str:
   """Returns the piece that stands for a class."""
   return f"<answer:{class_name}>"
+
+
+def _special_pieces(class_names: Sequence[str]) -> list[str]:
+  """What text may not spell: placeholders, then answers."""
+  return [
+    *(placeholder_piece(name) for name in config_lib.MODALITIES),
+    *(answer_piece(name) for name in class_names),
+  ]
 
 
 def public_sentences(prompt: str) -> list[str]:
@@ -101,7 +114,7 @@ def train_tokenizer(
       special piece.
   """
   sentences = list(sentences)
-  pieces = [IMAGE, AUDIO, *(answer_piece(name) for name in class_names)]
+  pieces = _special_pieces(class_names)
   if len(set(pieces)) != len(pieces):
     checks.fail("class names that differ", class_names=list(class_names))
   for sentence in sentences:
@@ -174,8 +187,10 @@ class Tokenizer:
     self.pad_id = self._special_id(PAD)
     self.bos_id = self._special_id(BOS)
     self.eos_id = self._special_id(EOS)
-    self.image_id = self._special_id(IMAGE)
-    self.audio_id = self._special_id(AUDIO)
+    self.placeholder_ids = {
+      name: self._special_id(placeholder_piece(name))
+      for name in config_lib.MODALITIES
+    }
     answers = [self._special_id(answer_piece(name)) for name in class_names]
     self.answer_ids = np.array(answers, np.int32)  # [num_classes]
 
@@ -198,14 +213,14 @@ class Tokenizer:
     """Returns the ids of ordinary text, without <s> and </s>.
 
     Raises:
-      ValueError: the text spells <image>, <audio> or an answer, which would
+      ValueError: the text spells a placeholder or an answer, which would
         otherwise become that special piece.
     """
     _check_plain(text, class_names=self._class_names)
     return self._processor.encode(text)
 
   def decode(self, ids: Iterable[int]) -> str:
-    """Returns the text; <image>, <audio> and answers by their spelling."""
+    """Returns the text; placeholders and answers by their spelling."""
     return self._processor.decode([int(token) for token in ids])
 
   def _special_id(self, piece: str) -> int:
@@ -227,7 +242,7 @@ def _rebuild(model: bytes, class_names: tuple[str, ...]) -> Tokenizer:
 
 def _check_plain(text: str, *, class_names: Sequence[str]) -> None:
   """Raises `ValueError` if `text` spells a special piece."""
-  special = [IMAGE, AUDIO, *(answer_piece(name) for name in class_names)]
+  special = _special_pieces(class_names)
   found = re.search("|".join(map(re.escape, special)), text)
   if found:
     checks.fail(

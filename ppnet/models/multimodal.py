@@ -2,8 +2,10 @@
 
 Each modality has a stem that turns it into embeddings; a placeholder token
 stands for each of them in the token stream, and the embeddings take the
-placeholders' places. Adding a modality is one stem and one `merge_span` call.
+placeholders' places.
 """
+
+from collections.abc import Mapping
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -35,64 +37,54 @@ def merge_span(
   )
 
 
+# A new modality needs an entry here.
+_STEMS = {"image": vision.ImageStem, "audio": audio_lib.AudioStem}
+
+
 class PPNet(nn.Module):
   """Stems, projectors and decoder.
 
   Attributes:
     config: shapes of all parts; a stem that is None is left out.
-    image_id: placeholder token of pictures.
-    audio_id: placeholder token of sounds.
+    placeholder_ids: modality to the token whose places its embeddings take.
     ops: implementation of the parametrised operations.
   """
 
   config: config_lib.ModelConfig
-  image_id: int
-  audio_id: int
+  placeholder_ids: Mapping[str, int]
   ops: param_ops.ParamOps = param_ops.PLAIN
 
   def setup(self):
     """Declares the parts that the configuration asks for."""
     decoder = self.config.decoder
     self.decoder = llama.Llama(decoder, self.ops)
-    if self.config.image is not None:
-      self.image_stem = vision.ImageStem(
-        self.config.image, decoder.embed_dim, self.ops
-      )
-    if self.config.audio is not None:
-      self.audio_stem = audio_lib.AudioStem(
-        self.config.audio, decoder.embed_dim, self.ops
-      )
+    self.stems = {
+      name: stem(getattr(self.config, name), decoder.embed_dim, self.ops)
+      for name, stem in _STEMS.items()
+      if getattr(self.config, name) is not None
+    }
 
   def __call__(
     self,
     tokens: Int[Array, "B T"],
     *,
-    image: Float[Array, "B H W C"] | None = None,
-    audio: Float[Array, "B F M"] | None = None,
+    media: Mapping[str, Array],
     noise: noisy_attention.AttentionNoise | None = None,
   ) -> Float[Array, "B T V"]:
     """Logits of the next token at every position, float32.
 
     Args:
       tokens: ids with a placeholder for each embedding of each modality.
-      image: normalised pictures, or None.
-      audio: normalised frames, or None.
+      media: modality to its normalised arrays f32[B, ...]; one that the record
+        lacks is left out, and costs nothing.
       noise: attention noise, or None.
     """
     embeddings = self.decoder.embed(tokens)
-    dtype = embeddings.dtype
-    if image is not None:
+    for name, values in media.items():
       embeddings = merge_span(
         embeddings,
         tokens,
-        placeholder=self.image_id,
-        span=self.image_stem(image.astype(dtype)),
-      )
-    if audio is not None:
-      embeddings = merge_span(
-        embeddings,
-        tokens,
-        placeholder=self.audio_id,
-        span=self.audio_stem(audio.astype(dtype)),
+        placeholder=self.placeholder_ids[name],
+        span=self.stems[name](values.astype(embeddings.dtype)),
       )
     return self.decoder(tokens, embeddings=embeddings, noise=noise)

@@ -45,6 +45,11 @@ def answer_logits(
   return jnp.einsum("btv,bt->bv", logits, loss_mask)
 
 
+def media(batch: Batch) -> dict[str, Array]:
+  """The arrays of the modalities that a batch has."""
+  return {name: batch[name] for name in config_lib.MODALITIES if name in batch}
+
+
 def predict(
   model: multimodal.PPNet,
   params: Any,
@@ -56,8 +61,7 @@ def predict(
   logits = model.apply(
     {"params": params},
     batch["tokens"],
-    image=batch.get("image"),
-    audio=batch.get("audio"),
+    media=media(batch),
     noise=noise,
   )
   assert isinstance(logits, jax.Array)  # Linen declares a union.

@@ -72,8 +72,7 @@ def build(
   mechanism: mechanism_lib.Mechanism,
   example: Mapping[str, np.ndarray],
   *,
-  image_id: int,
-  audio_id: int,
+  placeholder_ids: Mapping[str, int],
   devices: list[jax.Device] | None = None,
 ) -> Program:
   """Puts model, mechanism and mesh together. Compiles nothing yet.
@@ -82,8 +81,7 @@ def build(
     config: the experiment.
     mechanism: from `privacy.mechanism.build`.
     example: one example of the pipeline, for its shapes.
-    image_id: placeholder token of pictures.
-    audio_id: placeholder token of sounds.
+    placeholder_ids: modality to the token whose places it takes.
     devices: all of this job's devices when None.
 
   Raises:
@@ -99,7 +97,7 @@ def build(
       f"Use {-(-config.perf.microbatch_size // ways) * ways}.",
       **{"perf.microbatch_size": config.perf.microbatch_size},
     )
-  model = multimodal.PPNet(config.model, image_id=image_id, audio_id=audio_id)
+  model = multimodal.PPNet(config.model, dict(placeholder_ids))
   tx = optimizer.build(config.optimizer, config.train.num_steps)
   root_key = jax.device_put(prng.root(config.seed), rules_lib.replicated(mesh))
   init_fn = functools.partial(_init, model=model, tx=tx, example=example)
@@ -182,8 +180,7 @@ def _boxed_params(
   variables = model.init(
     prng.stream(root_key, prng.Stream.INIT, 0),
     batch["tokens"],
-    image=batch.get("image"),
-    audio=batch.get("audio"),
+    media=losses.media(batch),
   )
   return variables["params"]
 

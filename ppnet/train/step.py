@@ -1,7 +1,9 @@
 """One DP-SGD step, as two pure functions.
 
-Abadi et al. 2016, Algorithm 1, https://arxiv.org/abs/1607.00133. A Poisson
-batch has a different size every step and XLA wants fixed shapes, so a step is `accumulate` over as many fixed-shape microbatches as the draw needs
+Abadi et al. 2016, Algorithm 1, https://arxiv.org/abs/1607.00133.
+
+A Poisson batch has a different size every step and XLA wants fixed shapes, so a
+step is `accumulate` over as many fixed-shape microbatches as the draw needs
 (none for an empty draw), then one `update`. Nothing is truncated and nothing is
 compiled twice. Both are jitted in `train.program`, and nowhere else.
 """
@@ -146,8 +148,9 @@ def update(
 
   Returns:
     The state after the step, and scalars: "learning_rate"; "params_finite";
-    and "dp_perturbation", the linear term <z, params> / expected_batch_size whose gradient is the noise (an exact
-    diagnostic: with it, one direction of the noise is known).
+    and "dp_perturbation", the linear term <z, params> / expected_batch_size
+    whose gradient is the noise (an exact diagnostic: whoever has it knows one
+    direction of the noise).
   """
   clipped_sum = mechanism.finish_sum(
     grad_sum.total, num_examples=grad_sum.num_examples

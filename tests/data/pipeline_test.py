@@ -84,8 +84,8 @@ def test_tokens_spell_the_layout(digits_dir):
     example = dataset[position]
     whole = (
       [tokenizer.bos_id]
-      + [tokenizer.image_id] * 16
-      + [tokenizer.audio_id] * 4
+      + [tokenizer.placeholder_ids["image"]] * 16
+      + [tokenizer.placeholder_ids["audio"]] * 4
       + prompt
       + [tokenizer.answer_ids[example["label"]]]
     )
@@ -168,8 +168,8 @@ def test_source_without_audio_takes_no_audio_tokens(pets):
   tokenizer = text.Tokenizer.load(
     prepared_dir / "tokenizer.model", class_names=("cat", "dog")
   )
-  assert tokenizer.audio_id not in example["tokens"]
-  assert (example["tokens"] == tokenizer.image_id).sum() == 9
+  assert tokenizer.placeholder_ids["audio"] not in example["tokens"]
+  assert (example["tokens"] == tokenizer.placeholder_ids["image"]).sum() == 9
 
 
 def test_long_sequence_is_refused_with_its_parts(digits_dir):

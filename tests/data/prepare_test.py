@@ -98,7 +98,7 @@ def test_card_describes_the_folder(digits_dir):
   card = prepare.read_card(digits_dir)
   assert card.class_names == tuple("0123456789")
   assert (card.num_records("train"), card.num_records("test")) == (1437, 360)
-  assert (card.has_image, card.has_audio) == (True, True)
+  assert card.modalities == ("image", "audio")
   assert card.prompt == config_lib.DataConfig().prompt
   assert "CC BY" in card.licence
   assert set(card.sha256) | {"dataset.json"} == _FILES
@@ -246,7 +246,7 @@ def test_image_folder_is_read_in_place(tmp_path):
   }
   assert (card.name, card.class_names) == ("pets", ("cat", "dog"))
   assert (card.num_train, card.num_test) == (7, 2)
-  assert (card.has_image, card.has_audio) == (True, False)
+  assert card.modalities == ("image",)
 
 
 def test_progress_is_silent_on_request(tmp_path, capfd):

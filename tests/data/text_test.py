@@ -46,8 +46,8 @@ def test_ids_are_distinct_and_below_the_vocabulary(tokenizer):
     tokenizer.pad_id,
     tokenizer.bos_id,
     tokenizer.eos_id,
-    tokenizer.image_id,
-    tokenizer.audio_id,
+    tokenizer.placeholder_ids["image"],
+    tokenizer.placeholder_ids["audio"],
     *tokenizer.answer_ids.tolist(),
   ]
   assert len(set(special)) == 15
@@ -60,7 +60,7 @@ def test_ids_are_distinct_and_below_the_vocabulary(tokenizer):
 def test_every_answer_is_one_piece_and_decodes_to_its_name(tokenizer):
   for digit, answer_id in enumerate(tokenizer.answer_ids):
     assert tokenizer.decode([answer_id]) == f"<answer:{digit}>"
-  assert tokenizer.decode([tokenizer.image_id]) == "<image>"
+  assert tokenizer.decode([tokenizer.placeholder_ids["image"]]) == "<image>"
   assert tokenizer.decode([tokenizer.bos_id, tokenizer.pad_id]) == ""
 
 

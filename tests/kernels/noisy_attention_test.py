@@ -180,7 +180,8 @@ def test_gradients_match_finite_differences(mode):
   q, k, v = inputs(batch=1)
   given = noise(0.05, batch=1, mode=mode)
 
-  def loss(q, k, v, stddev):
+  def loss(*inputs):
+    q, k, v, stddev = map(jnp.asarray, inputs)  # check_grads passes NumPy.
     out = noisy_attention.noisy_attention(
       q,
       k,

@@ -12,7 +12,7 @@ from ppnet import config as config_lib
 from ppnet.models import audio, multimodal, vision
 from tests import tiny
 
-IMAGE_ID, AUDIO_ID = 4, 5
+PLACEHOLDERS = {"image": 4, "audio": 5}
 # <s>, 4 image, 2 audio, 3 prompt tokens.
 TOKENS = jnp.array([[1, 4, 4, 4, 4, 5, 5, 20, 21, 22]] * 2, jnp.int32)
 
@@ -20,11 +20,13 @@ TOKENS = jnp.array([[1, 4, 4, 4, 4, 5, 5, 20, 21, 22]] * 2, jnp.int32)
 @pytest.fixture(scope="module")
 def network():
   config = tiny.experiment().model
-  model = multimodal.PPNet(config, image_id=IMAGE_ID, audio_id=AUDIO_ID)
+  model = multimodal.PPNet(config, PLACEHOLDERS)
   rng = np.random.default_rng(0)
   image = jnp.asarray(rng.normal(size=(2, 8, 8, 1)), jnp.float32)
   frames = jnp.asarray(rng.normal(size=(2, 24, 7)), jnp.float32)
-  init = jax.jit(lambda key: model.init(key, TOKENS, image=image, audio=frames))
+  init = jax.jit(
+    lambda key: model.init(key, TOKENS, media={"image": image, "audio": frames})
+  )
   params = nn.meta.unbox(init(jax.random.key(0))["params"])
   apply = jax.jit(
     lambda tokens, **kwargs: model.apply({"params": params}, tokens, **kwargs)
@@ -47,7 +49,9 @@ def test_logits_depend_on_every_pixel_and_every_frame(network):
   model, params, _, image, frames = network
 
   def answer(image, frames):
-    out = model.apply({"params": params}, TOKENS, image=image, audio=frames)
+    out = model.apply(
+      {"params": params}, TOKENS, media={"image": image, "audio": frames}
+    )
     return jnp.square(out[:, -1]).sum()
 
   by_image, by_audio = jax.jit(jax.grad(answer, (0, 1)))(image, frames)
@@ -62,15 +66,16 @@ def test_a_modality_s_embeddings_do_not_leak_without_placeholders(network):
   _, _, apply, image, frames = network
   text_only = jnp.array([[1, 20, 21, 22]] * 2)
   np.testing.assert_array_equal(
-    apply(text_only, image=image, audio=frames), apply(text_only)
+    apply(text_only, media={"image": image, "audio": frames}),
+    apply(text_only, media={}),
   )
   # Fails if: a stem writes beyond its span.
 
 
 def test_swapping_pictures_swaps_answers(network):
   _, _, apply, image, frames = network
-  out = apply(TOKENS, image=image, audio=frames)
-  swapped = apply(TOKENS, image=image[::-1], audio=frames[::-1])
+  out = apply(TOKENS, media={"image": image, "audio": frames})
+  swapped = apply(TOKENS, media={"image": image[::-1], "audio": frames[::-1]})
   np.testing.assert_allclose(swapped[::-1], out, atol=1e-6)
   assert not np.allclose(out[0], out[1])
 
@@ -87,7 +92,11 @@ def test_stems_make_as_many_tokens_as_the_config_says():
     )[0],
     jax.eval_shape(jax.random.key, 0),
   )
-  assert image_tokens.shape == (1, config_lib.num_image_tokens(config), 5)
+  assert image_tokens.shape == (
+    1,
+    config_lib.num_media_tokens(config)["image"],
+    5,
+  )
   config.model.audio = config_lib.AudioStemConfig(frames_per_token=5)
   num_frames = config_lib.num_audio_frames(config.data.audio)
   audio_tokens = jax.eval_shape(
@@ -96,14 +105,19 @@ def test_stems_make_as_many_tokens_as_the_config_says():
     )[0],
     jax.eval_shape(jax.random.key, 0),
   )
-  assert audio_tokens.shape == (1, config_lib.num_audio_tokens(config), 6)
+  assert audio_tokens.shape == (
+    1,
+    config_lib.num_media_tokens(config)["audio"],
+    6,
+  )
   assert num_frames % 5  # The last group is a padded one.
 
 
 def test_a_model_without_stems_is_the_plain_decoder():
   config = dataclasses.replace(tiny.experiment().model, image=None, audio=None)
-  model = multimodal.PPNet(config, image_id=IMAGE_ID, audio_id=AUDIO_ID)
+  model = multimodal.PPNet(config, PLACEHOLDERS)
   shapes = jax.eval_shape(
-    lambda key: model.init(key, TOKENS), jax.eval_shape(jax.random.key, 0)
+    lambda key: model.init(key, TOKENS, media={}),
+    jax.eval_shape(jax.random.key, 0),
   )
   assert set(shapes["params"]) == {"decoder"}
