@@ -240,6 +240,7 @@ class _Run:
     self._clips_each_example = (
       self._mechanism.clipping is config_lib.Clipping.PER_EXAMPLE
     )
+    self._first_report: tuple[int, float] | None = None
     self._writer = metrics.Writer(
       experiment.workdir, start_step=self._start_step
     )
@@ -287,25 +288,24 @@ class _Run:
       mininterval=0.1 if log.isatty() else 10.0,
     )
     pending = None
-    started = time.perf_counter()
     with bar:
       for data in self._steps_data:
         step = data["step"]
         try:
           self._ledger.charge(step)
         except ledger_lib.BudgetExhausted as error:
-          self._report(pending, bar, started)
+          self._report(pending, bar)
           bar.write(f"Stopped before step {step + 1}: {error}", file=log)
           return True
         dispatched = self._dispatch(data)
-        self._report(pending, bar, started)
+        self._report(pending, bar)
         pending = (step, self._ledger.epsilon, *dispatched)
         self._step = step + 1
         evaluating = self._step % train.eval_every_steps == 0
         saving = self._step % train.checkpoint_every_steps == 0
         if evaluating or saving or self._step == train.num_steps:
           # Nothing is saved before its own metrics were seen to be finite.
-          self._report(pending, bar, started)
+          self._report(pending, bar)
           pending = None
         if evaluating and self._step < train.num_steps:
           self._evaluate()
@@ -331,7 +331,7 @@ class _Run:
     del grad_sum  # Donated, and private.
     return parts, scalars
 
-  def _report(self, pending: Any, bar: Any, started: float) -> None:
+  def _report(self, pending: Any, bar: Any) -> None:
     """Fetches and writes a step's metrics; raises if they are not finite."""
     if pending is None:
       return
@@ -347,12 +347,7 @@ class _Run:
       consistency_weight=noise.consistency_weight if noise.stddev else 0.0,
     )
     self._check_finite(row, scalars, step=step + 1)
-    done = step + 1 - self._start_step
-    rate = (
-      done
-      * self._mechanism.expected_batch_size
-      / max(time.perf_counter() - started, 1e-9)
-    )
+    rate = self._examples_per_sec(step)
     self._writer.write(
       {
         "split": "train",
@@ -367,10 +362,25 @@ class _Run:
     loss = row["nonprivate/loss/total"]
     bar.set_postfix_str(
       f"loss {'-' if loss is None else format(loss, '.3f')},"
-      f" ε {epsilon:.2f}, {rate:.0f} examples/s",
+      f" ε {epsilon:.2f},"
+      f" {'-' if rate is None else format(rate, '.0f')} examples/s",
       refresh=False,
     )
     bar.update(1)
+
+  def _examples_per_sec(self, step: int) -> float | None:
+    """Expected examples per second since the first step, which compiled.
+
+    From the expected batch size: the realised one is private. Evaluations and
+    waiting for data are in the time.
+    """
+    now = time.perf_counter()
+    if self._first_report is None:
+      self._first_report = (step, now)
+      return None
+    first_step, first_time = self._first_report
+    examples = (step - first_step) * self._mechanism.expected_batch_size
+    return examples / max(now - first_time, 1e-9)
 
   def _check_finite(
     self, row: Mapping[str, Any], scalars: Mapping[str, Any], *, step: int
