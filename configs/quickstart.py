@@ -33,7 +33,7 @@ def get_config() -> config.ExperimentConfig:
       audio=config.AudioStemConfig(frames_per_token=6),
     ),
     attention_noise=config.AttentionNoiseConfig(
-      stddev=0.1, consistency_weight=0.1
+      stddev=0.5, consistency_weight=0.1
     ),
     privacy=config.PrivacyConfig(epsilon=3.0, delta=1e-5, l2_clip_norm=1.0),
     optimizer=config.OptimizerConfig(learning_rate=1e-2),

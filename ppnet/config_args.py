@@ -7,6 +7,7 @@ field, and `--help` lists every field.
 
 import dataclasses
 import enum
+import pathlib
 import types
 import typing
 from collections.abc import Iterable, Iterator, Sequence
@@ -78,8 +79,21 @@ class Arguments:
       if argument.startswith((_PREFIX, "--config=")):
         kept.append(argument)
       elif argument == "--config":
-        kept.append(f"--config={self.argv[position + 1]}")
+        kept.append(f"--config={''.join(self.argv[position + 1 :][:1])}")
     return kept
+
+  def check_file(self) -> None:
+    """Raises `ValueError` for a config file that is not there."""
+    for flag in self.config_flags:
+      if flag.startswith("--config="):
+        path = pathlib.Path(flag.removeprefix("--config=").split(":")[0])
+        if not path.is_file():
+          near = [str(other) for other in path.parent.glob("*.py")]
+          checks.fail(
+            "--config to name a file",
+            checks.did_you_mean(str(path), near).strip(),
+            config=str(path),
+          )
 
   @property
   def wants_help(self) -> bool:

@@ -168,6 +168,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
       print(flags.FLAGS.module_help(sys.modules[__name__]))
       print(arguments.describe_fields())
       sys.exit(0)
+    arguments.check_file()
     arguments.check_fields()
   except ValueError as error:
     sys.exit(f"error: {error}")

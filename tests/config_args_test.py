@@ -28,6 +28,15 @@ def test_unknown_field_suggests_the_closest():
   split("--config.model.image.channels[0]=3").check_fields()
 
 
+def test_a_config_file_that_is_not_there_is_named(tmp_path):
+  (tmp_path / "quickstart.py").write_text("")
+  split(f"--config={tmp_path}/quickstart.py:argument").check_file()
+  with pytest.raises(ValueError, match=r"Did you mean '.*quickstart\.py'"):
+    split(f"--config={tmp_path}/quickstar.py").check_file()
+  with pytest.raises(ValueError, match="name a file"):
+    split("--config").check_file()
+
+
 def test_a_field_without_a_value_is_refused():
   with pytest.raises(ValueError, match="with the ="):
     split("--config.seed")
