@@ -135,6 +135,8 @@ class AudioConfig:
     hop_secs: distance between frames.
     num_mels: mel bands between `min_hz` and `max_hz`.
     num_mfcc: cepstral coefficients kept when `feature` is MFCC.
+    min_hz: lower edge of the first band.
+    max_hz: upper edge of the last band.
     feature: LOG_MEL or MFCC.
   """
 
@@ -189,7 +191,25 @@ class DataConfig:
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class LlamaConfig:
-  """Shape of the decoder (Touvron et al. 2023, https://arxiv.org/abs/2302.13971)."""
+  """Shape of the decoder; the defaults are Llama-7B.
+
+  Touvron et al. 2023, https://arxiv.org/abs/2302.13971.
+
+  Attributes:
+    vocab_size: rows of the embedding; at least `data.vocab_size`.
+    embed_dim: features of a token.
+    num_layers: decoder blocks.
+    num_heads: query heads.
+    num_kv_heads: key and value heads; divides `num_heads`.
+    head_dim: features of a head; even.
+    mlp_dim: hidden features of the feed-forward block.
+    max_seq_len: longest sequence, in tokens.
+    rope_theta: base of the rotary frequencies.
+    rms_norm_eps: added to the mean square before its root.
+    tie_embeddings: use the embedding as the output head.
+    remat: compute activations again in the backward pass: less memory.
+    compute_dtype: of activations; parameters are always float32.
+  """
 
   vocab_size: int = 32000
   embed_dim: int = 4096
@@ -222,7 +242,11 @@ class ImageStemConfig:
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class AudioStemConfig:
-  """One token per `frames_per_token` consecutive frames."""
+  """Groups of consecutive frames.
+
+  Attributes:
+    frames_per_token: frames that make one token.
+  """
 
   frames_per_token: int = 6
 
@@ -309,13 +333,23 @@ class PrivacyConfig:
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class OptimizerConfig:
-  """The optimizer that sees the private mean gradient."""
+  """The optimizer that sees the private mean gradient.
+
+  Attributes:
+    name: ADAMW or SGD.
+    learning_rate: after the warm-up.
+    schedule: CONSTANT, or COSINE to 0 at the last step.
+    warmup_steps: linear from 0.
+    beta1: momentum, SGD's as well.
+    beta2: decay of AdamW's second moment.
+    weight_decay: decoupled for AdamW, added to the gradient for SGD.
+  """
 
   name: OptimizerName = OptimizerName.ADAMW
   learning_rate: float = 1e-3
   schedule: Schedule = Schedule.COSINE
   warmup_steps: int = 0
-  beta1: float = 0.9  # SGD's momentum as well.
+  beta1: float = 0.9
   beta2: float = 0.99
   weight_decay: float = 0.0
 
@@ -342,7 +376,13 @@ class TrainConfig:
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class MeshConfig:
-  """Devices per mesh axis; one axis may be -1, "all that are left"."""
+  """Devices per mesh axis; one axis may be -1, "all that are left".
+
+  Attributes:
+    data: replicas, which share the batch.
+    fsdp: devices that share the batch and split the parameters (ZeRO).
+    tensor: devices that split each layer's heads and hidden features.
+  """
 
   data: int = -1
   fsdp: int = 1

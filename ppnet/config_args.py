@@ -7,7 +7,10 @@ field, and `--help` lists every field.
 
 import dataclasses
 import enum
+import inspect
 import pathlib
+import re
+import textwrap
 import types
 import typing
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,9 +36,31 @@ def fields(
       else field.default
     )
     yield f"{prefix}{field.name}", hint, default
-    for option in typing.get_args(hint) or (hint,):
-      if dataclasses.is_dataclass(option) and isinstance(option, type):
-        yield from fields(option, f"{prefix}{field.name}.")
+    for option in _dataclasses_in(hint):
+      yield from fields(option, f"{prefix}{field.name}.")
+
+
+def _meanings(
+  cls: type = config_lib.ExperimentConfig, prefix: str = ""
+) -> Iterator[tuple[str, str]]:
+  """(dotted name, text) of each field described in its class's docstring."""
+  described = (inspect.getdoc(cls) or "").partition("Attributes:\n")[2]
+  # Entries begin with "  name: "; their later lines are indented deeper.
+  parts = re.split(r"^  (\w+): ", described, flags=re.MULTILINE)[1:]
+  for name, text in zip(parts[::2], parts[1::2], strict=True):
+    yield f"{prefix}{name}", " ".join(text.split())
+  for field in dataclasses.fields(cls):
+    for option in _dataclasses_in(typing.get_type_hints(cls)[field.name]):
+      yield from _meanings(option, f"{prefix}{field.name}.")
+
+
+def _dataclasses_in(hint: Any) -> list[type]:
+  """The dataclasses that a field may hold."""
+  return [
+    option
+    for option in typing.get_args(hint) or (hint,)
+    if dataclasses.is_dataclass(option) and isinstance(option, type)
+  ]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,8 +167,9 @@ class Arguments:
         )
 
   def describe_fields(self) -> str:
-    """One line per field: name, default, choices."""
+    """Every field: name, default, choices, and what its class says of it."""
     lines = ["Fields (--config.FIELD=VALUE) and the defaults of config.py:"]
+    meanings = dict(_meanings())
     for name, hint, default in fields():
       if dataclasses.is_dataclass(default):
         continue
@@ -154,4 +180,10 @@ class Arguments:
         else ""
       )
       lines.append(f"  {name} = {shown}{choices}")
+      lines += textwrap.wrap(
+        meanings.get(name, ""),
+        80,
+        initial_indent=" " * 6,
+        subsequent_indent=" " * 6,
+      )
     return "\n".join(lines)

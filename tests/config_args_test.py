@@ -76,3 +76,10 @@ def test_help_shows_defaults_and_choices():
   assert "  privacy.sampler = poisson (poisson, full_batch)" in text
   for field in dataclasses.fields(tiny.experiment().train):
     assert f"  train.{field.name} = " in text
+
+
+def test_every_field_is_explained():
+  meanings = dict(config_args._meanings())
+  names = [name for name, _, _ in config_args.fields()]
+  assert [name for name in names if not meanings.get(name)] == []
+  assert set(meanings) == set(names)
