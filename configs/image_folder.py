@@ -23,16 +23,7 @@ def get_config(path: str = "images") -> config.ExperimentConfig:
       image_channels=3,
     ),
     model=config.ModelConfig(
-      decoder=config.LlamaConfig(
-        vocab_size=256,
-        embed_dim=32,
-        num_layers=2,
-        num_heads=2,
-        num_kv_heads=2,
-        head_dim=16,
-        mlp_dim=64,
-        max_seq_len=64,
-      ),
+      decoder=config.llama_tiny(vocab_size=256),
       image=config.ImageStemConfig(channels=(16, 32, 32), strides=(2, 2, 2)),
       audio=None,
     ),

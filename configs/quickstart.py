@@ -19,16 +19,7 @@ def get_config() -> config.ExperimentConfig:
     name="quickstart",
     data=config.DataConfig(source=config.Source.DIGITS, vocab_size=96),
     model=config.ModelConfig(
-      decoder=config.LlamaConfig(
-        vocab_size=96,
-        embed_dim=32,
-        num_layers=2,
-        num_heads=2,
-        num_kv_heads=2,
-        head_dim=16,
-        mlp_dim=64,
-        max_seq_len=64,
-      ),
+      decoder=config.llama_tiny(vocab_size=96),
       image=config.ImageStemConfig(channels=(16, 32), strides=(2, 2)),
       audio=config.AudioStemConfig(frames_per_token=6),
     ),

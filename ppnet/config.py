@@ -226,6 +226,20 @@ class LlamaConfig:
   compute_dtype: ComputeDtype = ComputeDtype.FLOAT32
 
 
+def llama_tiny(*, vocab_size: int) -> LlamaConfig:
+  """A decoder for examples and laptops: 27,000 parameters or so."""
+  return LlamaConfig(
+    vocab_size=vocab_size,
+    embed_dim=32,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=16,
+    mlp_dim=64,
+    max_seq_len=64,
+  )
+
+
 @dataclasses.dataclass(slots=True, kw_only=True)
 class ImageStemConfig:
   """A small CNN: 3x3 convolutions, then one token per pooled patch.

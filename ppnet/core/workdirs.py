@@ -7,7 +7,7 @@ import importlib.metadata
 import pathlib
 import platform
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from ppnet.core import records
@@ -42,6 +42,25 @@ def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     else:
       flat[f"{prefix}{name}"] = item
   return flat
+
+
+def differences(
+  old: Mapping[str, Any],
+  new: Mapping[str, Any],
+  *,
+  ignore: Collection[str] = (),
+) -> list[str]:
+  """What differs between two nested records, by dotted name.
+
+  >>> differences({"a": {"b": 1}, "job": 1}, {"a": {"b": 2}}, ignore=["job"])
+  ['a.b (1 there, 2 now)']
+  """
+  old, new = flatten(old), flatten(new)
+  return [
+    f"{name} ({old.get(name)!r} there, {new.get(name)!r} now)"
+    for name in sorted(old.keys() | new.keys())
+    if name not in ignore and old.get(name) != new.get(name)
+  ]
 
 
 def run_name(name: str, overrides: Sequence[str]) -> str:
@@ -112,14 +131,8 @@ def check_same(path: pathlib.Path, config: Mapping[str, Any]) -> None:
       f"Expected {recorded} beside the records of a run. Restore it, or pass"
       " another --workdir."
     )
-  old = flatten(records.read_json(recorded)["config"])
-  new = flatten(config)
-  differing = [
-    f"{name} ({old.get(name)!r} there, {new.get(name)!r} now)"
-    for name in sorted(old.keys() | new.keys())
-    if name not in _NOT_PART_OF_THE_EXPERIMENT
-    and old.get(name) != new.get(name)
-  ]
+  old = records.read_json(recorded)["config"]
+  differing = differences(old, config, ignore=_NOT_PART_OF_THE_EXPERIMENT)
   if differing:
     raise WorkdirError(
       f"Expected {path} to belong to this configuration, but these fields"

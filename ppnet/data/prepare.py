@@ -31,7 +31,7 @@ import tqdm
 from array_record.python import array_record_module
 
 from ppnet import config as config_lib
-from ppnet.core import checks, records
+from ppnet.core import checks, records, workdirs
 from ppnet.data import audio, image, sources, text
 
 CARD_NAME = "dataset.json"
@@ -146,13 +146,7 @@ def check_same_config(
   Fields that do not change what is prepared (`on_bad_record`, `cache`,
   `prepared_dir`) may differ.
   """
-  ours = _flatten(_config_to_json(config))
-  theirs = _flatten(card.data)
-  differing = [
-    f"{name} (prepared with {theirs.get(name)!r}, now {ours.get(name)!r})"
-    for name in sorted(ours.keys() | theirs.keys())
-    if ours.get(name) != theirs.get(name)
-  ]
+  differing = workdirs.differences(card.data, _config_to_json(config))
   if differing:
     raise ValueError(
       f"Expected {prepared_dir} to be prepared from this config.data, but these"
@@ -373,17 +367,6 @@ def _config_to_json(config: config_lib.DataConfig) -> dict[str, Any]:
     for name, value in plain.items()
     if name not in _FIELDS_THAT_MAY_DIFFER
   }
-
-
-def _flatten(value: Mapping[str, Any], *, prefix: str = "") -> dict[str, Any]:
-  """Returns nested fields under dotted names."""
-  flat = {}
-  for name, item in value.items():
-    if isinstance(item, Mapping):
-      flat.update(_flatten(item, prefix=f"{prefix}{name}."))
-    else:
-      flat[prefix + name] = item
-  return flat
 
 
 def _sha256(path: pathlib.Path) -> str:

@@ -140,8 +140,8 @@ def test_another_config_is_refused_by_field(digits_dir):
   with pytest.raises(ValueError, match="fields differ") as info:
     prepare.prepare(config, digits_dir, progress=False)
   message = str(info.value)
-  assert "audio.num_mels (prepared with 40, now 24)" in message
-  assert "test_fraction (prepared with 0.2, now 0.3)" in message
+  assert "audio.num_mels (40 there, 24 now)" in message
+  assert "test_fraction (0.2 there, 0.3 now)" in message
   assert "prepared_dir" in message
   assert "prompt" not in message
   assert _contents(digits_dir) == before

@@ -150,26 +150,29 @@ def test_remat_changes_neither_logits_nor_gradients():
 
 
 def test_layers_draw_different_noise():
-  """The same weights in every layer: only the noise can tell them apart."""
-  config = dataclasses.replace(SMALL, num_layers=2)
-  model, params = build(config)
-  captured = []
-  original = noisy_attention.noisy_attention
+  """Every layer but the first must draw what its number says."""
+  model, params = build()
+  both = {}
+  for name, patch in (("own", None), ("shared", lambda keys, layer: keys)):
+    with pytest.MonkeyPatch.context() as context:
+      if patch:
+        context.setattr(llama, "fold_in", patch)
+      both[name] = model.apply({"params": params}, TOKENS, noise=noise())
+  # The first token never sees the noise, whichever it is.
+  np.testing.assert_allclose(both["own"][:, 0], both["shared"][:, 0], atol=1e-5)
+  assert np.abs(both["own"] - both["shared"])[:, 1:].max() > 1e-3
 
-  def spy(q, k, v, *, noise, **kwargs):
-    jax.debug.callback(
-      lambda words: captured.append(np.asarray(words).tolist()),
-      jax.random.key_data(noise.key),
-    )
-    return original(q, k, v, noise=noise, **kwargs)
 
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(noisy_attention, "noisy_attention", spy)
-    out = model.apply({"params": params}, TOKENS, noise=noise())
-    jax.block_until_ready(out)
-  jax.effects_barrier()
-  words = [tuple(row) for layer in captured for row in layer]
-  assert len(words) == len(set(words)) == 2 * len(TOKENS)
+def test_a_layer_s_key_depends_on_its_number_and_the_example():
+  keys = jax.random.split(jax.random.key(9), 3)
+  words = {
+    tuple(row)
+    for layer in range(4)
+    for row in np.asarray(
+      jax.random.key_data(llama.fold_in(keys, jnp.int32(layer)))
+    ).tolist()
+  }
+  assert len(words) == 12
   # Fails if: the layer's number is not folded into the key.
 
 
