@@ -157,6 +157,26 @@ def test_an_older_ledger_is_refused(prepared, tmp_path, monkeypatch):
     run(tmp_path, prepared)
 
 
+def test_a_ledger_that_forgot_a_restart_is_refused(
+  prepared, tmp_path, monkeypatch
+):
+  """It counts the checkpoint's steps, but not those that ran twice."""
+  unseeded = {
+    "noise_seed": None,
+    "sampler_seed": None,
+    "epsilon": None,
+    "noise_multiplier": 2.0,
+  }
+  interrupted_at(tmp_path, prepared, monkeypatch, dispatch=3, **unseeded)
+  summary, _ = run(tmp_path, prepared, **unseeded)
+  assert (summary["num_steps"], summary["charged_steps"]) == (6, 8)
+  ledger = records.read_json(tmp_path / "privacy.json")
+  records.write_json(tmp_path / "privacy.json", ledger | {"charged_steps": 7})
+  with pytest.raises(ValueError, match="older than the checkpoint"):
+    run(tmp_path, prepared, **unseeded)
+  # Fails if: only the checkpoint's step is compared with the ledger.
+
+
 def test_no_key_reaches_a_checkpoint(uninterrupted, prepared):
   workdir, _, _ = uninterrupted
   experiment = open_run(workdir, prepared)
@@ -201,10 +221,14 @@ def test_a_diverging_run_stops_and_saves_nothing_of_it(prepared, tmp_path):
   experiment = loop.open_experiment(
     experiment.config, tmp_path, devices=jax.devices()[:1]
   )
-  with pytest.raises(loop.NonFiniteError, match=r"Step \d.*learning_rate"):
+  with pytest.raises(
+    loop.NonFiniteError, match=r"Step \d.*learning_rate"
+  ) as caught:
     loop.train(experiment, log=io.StringIO())
   state, _ = loop.restore(experiment)
   assert np.isfinite(flat(state)).all()
+  bad_step = int(str(caught.value).split()[1].rstrip(":"))
+  assert int(state.step) == bad_step - 1
   # Fails if: a checkpoint is written before its metrics were looked at.
 
 
