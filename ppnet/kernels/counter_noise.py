@@ -76,6 +76,25 @@ def check_threefry(keys: Array) -> None:
     )
 
 
+def bits(
+  keys: Key[Array, " B"],
+  *,
+  num_heads: int,
+  query_index: Array,
+  key_index: Array,
+) -> tuple[UInt32[Array, "B N T S"], UInt32[Array, "B N T S"]]:
+  """The 64 random bits of each position, as two words; see `normal`.
+
+  Key tokens 2 i and 2 i + 1 share their bits.
+  """
+  word0, word1 = head_keys(keys, num_heads)
+  query = query_index.astype(jnp.uint32)[None, None, :, None]
+  pair = key_index.astype(jnp.uint32)[None, None, None, :] >> 1
+  return threefry2x32(
+    (word0[:, :, None, None], word1[:, :, None, None]), (query, pair)
+  )
+
+
 def normal(
   keys: Key[Array, " B"],
   *,
@@ -87,7 +106,9 @@ def normal(
 
   Neighbouring key tokens share one 64-bit draw: Box and Muller (1958,
   https://doi.org/10.1214/aoms/1177706645) make two independent normals of it,
-  the cosine for the even index and the sine for the odd one.
+  the cosine for the even index and the sine for the odd one. The bits are the
+  same in every program; their logarithm and cosine may differ in the last place
+  where a compiler orders them otherwise.
 
   Args:
     keys: one typed threefry key per example, [B].
@@ -95,15 +116,12 @@ def normal(
     query_index: global positions of the queries, int[T].
     key_index: global positions of the key tokens, int[S].
   """
-  word0, word1 = head_keys(keys, num_heads)
-  query = query_index.astype(jnp.uint32)[None, None, :, None]
-  key_token = key_index.astype(jnp.uint32)[None, None, None, :]
-  bits0, bits1 = threefry2x32(
-    (word0[:, :, None, None], word1[:, :, None, None]), (query, key_token >> 1)
+  bits0, bits1 = bits(
+    keys, num_heads=num_heads, query_index=query_index, key_index=key_index
   )
   # The half keeps the logarithm's argument above 0; 24 bits fill a float32.
   uniform = ((bits0 >> 8).astype(jnp.float32) + 0.5) * 2.0**-24
   angle = (bits1 >> 8).astype(jnp.float32) * (2.0 * jnp.pi * 2.0**-24)
   # A quarter turn makes the cosine of an even index the sine of an odd one.
-  odd = (key_token & 1).astype(jnp.float32) * (0.5 * jnp.pi)
-  return jnp.sqrt(-2.0 * jnp.log(uniform)) * jnp.cos(angle - odd)
+  odd = (key_index & 1).astype(jnp.float32)[None, None, None, :]
+  return jnp.sqrt(-2.0 * jnp.log(uniform)) * jnp.cos(angle - 0.5 * jnp.pi * odd)
