@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from ppnet import config
 from ppnet.core import checks
+from ppnet.privacy import ghost, taps
 
 PyTree = Any
 LossFn = Callable[[PyTree, PyTree], Any]
@@ -38,7 +39,7 @@ _SLACK = 1e-5
 
 # A second sum of squares, of gradients times 2^-80, takes over where the first
 # overflows: the largest float32 squared is then 8e28, so a billion entries fit.
-_SHRINK = 2.0**-80
+_SHRINK = ghost.SHRINK
 _LARGE_SQUARED_NORM = 1e30
 
 # Squares of entries that matter to the norm neither overflow nor underflow for
@@ -331,39 +332,140 @@ def _vmap_engine(
     return loss, jax.tree.map(lambda leaf: leaf[0], aux), grad
 
   losses, aux, grads = jax.vmap(one_grad)(batch)  # Leaves [B, ...].
-  squared = sum(_rows_sum(jnp.square(leaf)) for leaf in jax.tree.leaves(grads))
-  shrunk = sum(
-    _rows_sum(jnp.square(leaf * _SHRINK)) for leaf in jax.tree.leaves(grads)
+  leaves = jax.tree.leaves(grads)
+  clip = _clip(
+    losses,
+    padding,
+    squared=sum(_rows_sum(jnp.square(leaf)) for leaf in leaves),
+    shrunk=sum(_rows_sum(jnp.square(leaf * _SHRINK)) for leaf in leaves),
+    l2_clip_norm=l2_clip_norm,
   )
+
+  def clipped_sum(leaf):  # [B, ...] -> [...]
+    shape = (-1,) + (1,) * (leaf.ndim - 1)
+    shrink, factor = (clip.weights[:, i].reshape(shape) for i in (0, 1))
+    # Select, do not multiply by zero: 0 * NaN is NaN.
+    return jnp.sum(
+      jnp.where(clip.keep.reshape(shape), leaf * shrink * factor, 0.0), axis=0
+    )
+
+  return _result(
+    jax.tree.map(clipped_sum, grads), losses, aux, padding, clip, has_aux
+  )
+
+
+def _tapped_engine(
+  loss_fn: LossFn,
+  params: PyTree,
+  batch: PyTree,
+  padding: jax.Array,
+  *,
+  l2_clip_norm: float,
+  has_aux: bool,
+  may_probe: bool,
+) -> ClippedGrad:
+  """Clipped sum by rules for each operation: GHOST and BOOKKEEPING."""
+  with_ops = functools.partial(loss_fn, ops=taps.MARKING)
+
+  def call(params, batch):
+    num_rows = jax.tree.leaves(batch)[0].shape[0]
+    return _call(with_ops, params, batch, num_rows, has_aux)
+
+  out = ghost.per_example(call, params, batch, may_probe=may_probe)
+  clip = _clip(
+    out.losses,
+    padding,
+    squared=out.stats.squared,
+    shrunk=out.stats.shrunk,
+    spread=out.stats.spread,
+    spread_shrunk=out.stats.spread_shrunk,
+    l2_clip_norm=l2_clip_norm,
+  )
+  return _result(
+    out.weighted_sum(clip.weights), out.losses, out.aux, padding, clip, has_aux
+  )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Clip:
+  """What becomes of each example.
+
+  Attributes:
+    keep: whether it counts, bool[B].
+    is_finite: bool[B], of padding as well.
+    norms: of its gradient, 0 unless kept, f32[B].
+    weights: two factors, since C / |g| may underflow; 0 unless kept, f32[B, 2].
+  """
+
+  keep: jax.Array
+  is_finite: jax.Array
+  norms: jax.Array
+  weights: jax.Array
+
+
+def _clip(
+  losses: jax.Array,
+  padding: jax.Array,
+  *,
+  squared: Any,
+  shrunk: Any,
+  l2_clip_norm: float,
+  spread: Any = 0.0,
+  spread_shrunk: Any = 0.0,
+) -> _Clip:
+  """Weights from squared norms; `shrunk` are those times _SHRINK^2.
+
+  `spread` is S^2 of `privacy.ghost`, the scale of a sum's rounding where sum
+  and norm are formed apart.
+  """
   # NaN and infinity survive in `shrunk`; finite entries cannot overflow it.
   is_finite = jnp.isfinite(shrunk) & jnp.isfinite(losses)
   keep = is_finite & ~padding
   large = ~(squared < _LARGE_SQUARED_NORM)
   norm = jnp.sqrt(jnp.where(large, shrunk, squared))  # Of grads * shrink.
   shrink = jnp.where(large, _SHRINK, 1.0)
+  rounding = ghost.ROUNDING * jnp.sqrt(jnp.where(large, spread_shrunk, spread))
+  safe_norm = jnp.maximum(norm, norm * (1 - _SLACK / 2) + rounding)
   bound = l2_clip_norm * (1 - _SLACK)
-  # min(1, bound / 0) is 1. In two factors, since C / |g| may underflow.
-  factor = jnp.where(large, bound / norm, jnp.minimum(1.0, bound / norm))
-
-  def clipped_sum(leaf):  # [B, ...] -> [...]
-    shape = (-1,) + (1,) * (leaf.ndim - 1)
-    scaled = leaf * shrink.reshape(shape) * factor.reshape(shape)
-    # Select, do not multiply by zero: 0 * NaN is NaN.
-    return jnp.sum(jnp.where(keep.reshape(shape), scaled, 0.0), axis=0)
-
+  # min(1, bound / 0) is 1.
+  factor = jnp.where(
+    large, bound / safe_norm, jnp.minimum(1.0, bound / safe_norm)
+  )
   largest = jnp.finfo(jnp.float32).max
+  weights = jnp.stack([shrink, factor], axis=1)
+  return _Clip(
+    keep=keep,
+    is_finite=is_finite,
+    norms=jnp.where(keep, jnp.minimum(norm / shrink, largest), 0.0),
+    weights=jnp.where(keep[:, None], weights, 0.0),
+  )
+
+
+def _result(
+  grad_sum: PyTree,
+  losses: jax.Array,
+  aux: PyTree,
+  padding: jax.Array,
+  clip: _Clip,
+  has_aux: bool,
+) -> ClippedGrad:
+  """Puts a result together, nothing of padding in it."""
   return ClippedGrad(
-    grad_sum=jax.tree.map(clipped_sum, grads),
-    grad_norms=jnp.where(keep, jnp.minimum(norm / shrink, largest), 0.0),
+    grad_sum=grad_sum,
+    grad_norms=clip.norms,
     losses=jnp.where(padding, 0.0, losses),
     aux=_zero_padding(aux, padding) if has_aux else None,
-    is_nonfinite=~is_finite & ~padding,
+    is_nonfinite=~clip.is_finite & ~padding,
   )
 
 
 # An engine takes (loss_fn, params, batch, padding bool[B]) and, by keyword,
 # l2_clip_norm and has_aux; it returns the same ClippedGrad as every other.
-_ENGINES = {config.Engine.VMAP: _vmap_engine}
+_ENGINES = {
+  config.Engine.VMAP: _vmap_engine,
+  config.Engine.GHOST: functools.partial(_tapped_engine, may_probe=True),
+  config.Engine.BOOKKEEPING: functools.partial(_tapped_engine, may_probe=False),
+}
 
 
 def _batch_sum(
