@@ -13,6 +13,7 @@
 
 import dataclasses
 import functools
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
@@ -25,7 +26,7 @@ from ppnet.core import checks
 from ppnet.privacy import ghost, taps
 
 PyTree = Any
-LossFn = Callable[[PyTree, PyTree], Any]
+LossFn = Callable[..., Any]  # (params, batch, ops=PLAIN) -> losses.
 
 # What is added is scaled to C * (1 - slack), so that roundings cannot lift its
 # norm above C. In units of u = 2^-24 = 6.0e-8, relative to the norm: rounding
@@ -121,9 +122,25 @@ def clipped_grad(
   the parameters and the loss function (up to the float32 rounding of the sum
   over examples, about 1e-7 of its norm). The VMAP engine calls `loss_fn` on
   batches of one example, so no example can enter another one's gradient, as
-  long as the function closes over no private data. Randomness belongs in the
-  batch, one key per example. Only `grad_sum` has bounded sensitivity; the
-  norms, losses and aux are diagnostics, and private.
+  long as the function closes over no private data. GHOST and BOOKKEEPING call
+  it on whole microbatches: there the guarantee needs a loss function that does
+  not couple examples (no batch statistics), which `check_examples_are_apart`
+  tests on a batch. Randomness belongs in the batch, one key per example. Only
+  `grad_sum` has bounded sensitivity; the norms, losses and aux are diagnostics,
+  and private.
+
+  *Operations.* GHOST and BOOKKEEPING call `loss_fn(params, batch, ops=ops)`
+  with an `ops` of their own, and the function must touch its parameters through
+  those alone (`core.param_ops`; a model of `ppnet.models` is cloned with them).
+  Whatever else touches one is an error that names it. VMAP passes no `ops`: the
+  function's own default, `param_ops.PLAIN`, is used. `privacy.ghost` has the
+  rules, what each costs, and why a norm is never too small.
+
+  | engine | backward passes | memory beside the model's own | exact for |
+  | --- | --- | --- | --- |
+  | VMAP | 1 | every example's gradient | any loss function |
+  | GHOST | 2 for weights used once, else 1 | weights used twice: as below | f32 |
+  | BOOKKEEPING | 1 | inputs and cotangents, or small gradients | all ops |
 
   | edge case | contribution |
   | --- | --- |
@@ -136,8 +153,9 @@ def clipped_grad(
   | clip norm 0, infinite, NaN, or outside [1e-10, 1e15] | `ValueError` |
 
   Args:
-    loss_fn: `loss_fn(params, batch) -> losses f32[B]`, or
-      `(losses, aux)` with leaves [B, ...] if `has_aux`.
+    loss_fn: `loss_fn(params, batch, ops=PLAIN) -> losses f32[B]`, or
+      `(losses, aux)` with leaves [B, ...] if `has_aux`. VMAP does without
+      `ops`.
     l2_clip_norm: C, in [1e-10, 1e15].
     engine: how the sum is computed; all give the same sum.
     microbatch_size: examples whose gradients are held at once; None means all.
@@ -149,11 +167,15 @@ def clipped_grad(
     method `sensitivity(neighboring_relation)`.
 
   Raises:
-    ValueError: an argument out of range, an unknown engine, or (when called) a
-      loss function whose losses do not have the shape [B].
+    ValueError: an argument out of range, an unknown engine, a loss function
+      without `ops` for an engine that hands it some, or (when called) one whose
+      losses do not have the shape [B] or whose parameters go elsewhere.
   """
   _check_clip_norm(l2_clip_norm)
-  engine_fn = _ENGINES[_parse_engine(engine)]
+  engine = _parse_engine(engine)
+  if engine is not config.Engine.VMAP:
+    _check_takes_ops(loss_fn)
+  engine_fn = _ENGINES[engine]
   _check_microbatch_size(microbatch_size)
   return _PerExampleGrad(
     sum_fn=functools.partial(
@@ -214,6 +236,40 @@ def unprotected_grad(
     clip_norm=l2_clip_norm if clipping is config.Clipping.BATCH else None,
     microbatch_size=microbatch_size,
   )
+
+
+def check_examples_are_apart(
+  loss_fn: LossFn, params: PyTree, batch: PyTree, *, has_aux: bool = False
+) -> None:
+  """Raises if examples of this batch enter each other's loss or gradient.
+
+  A debugging aid for loss functions that GHOST and BOOKKEEPING are to run, on a
+  batch with at least two different examples. *Formal guarantee.* None: a
+  coupling that this batch does not show passes.
+
+  Raises:
+    ValueError: losses or gradient norms over the whole batch are not those of
+      each example alone.
+  """
+  alone, together = (
+    clipped_grad(loss_fn, l2_clip_norm=1.0, engine=engine, has_aux=has_aux)(
+      params, rows
+    )
+    for engine, rows in (
+      (config.Engine.VMAP, _cloned(batch)),
+      (config.Engine.BOOKKEEPING, batch),
+    )
+  )
+  for name in ("losses", "grad_norms"):
+    one, all_of_them = getattr(alone, name), getattr(together, name)
+    apart = jnp.abs(one - all_of_them) <= 1e-4 * (jnp.abs(one) + 1e-6)
+    if not bool(jnp.all(apart | ~jnp.isfinite(one))):
+      checks.fail(
+        f"{name} of each example not to depend on the others",
+        "Look for statistics over the batch axis, or use engine VMAP.",
+        alone=one,
+        in_the_batch=all_of_them,
+      )
 
 
 def clip_batch_mean(
@@ -611,6 +667,18 @@ def _without_keys(
   return plain, rewrap
 
 
+def _cloned(batch: PyTree) -> PyTree:
+  """The batch with its keys to be used once more, on purpose."""
+  return jax.tree.map(
+    lambda leaf: (
+      jax.random.clone(leaf)
+      if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+      else leaf
+    ),
+    batch,
+  )
+
+
 def _blank_rows(leaf: jax.Array, *, num_rows: int) -> jax.Array:
   """Rows of zeros (False: no example) like those of a leaf [B, ...]."""
   return jnp.zeros((num_rows, *leaf.shape[1:]), leaf.dtype)
@@ -654,6 +722,18 @@ def _check_clip_norm(l2_clip_norm: float) -> None:
       f"l2_clip_norm >= {_MIN_CLIP_NORM}",
       "Below, squares of gradients underflow in float32.",
       l2_clip_norm=l2_clip_norm,
+    )
+
+
+def _check_takes_ops(loss_fn: LossFn) -> None:
+  """Raises unless the loss function has a parameter `ops`."""
+  parameters = inspect.signature(loss_fn).parameters.values()
+  if not any(p.name == "ops" or p.kind is p.VAR_KEYWORD for p in parameters):
+    checks.fail(
+      "loss_fn to take the operations on its parameters as `ops`",
+      "Write loss_fn(params, batch, ops=param_ops.PLAIN) and hand them to the"
+      " model, or use engine VMAP.",
+      loss_fn=loss_fn,
     )
 
 

@@ -164,7 +164,7 @@ def per_example(
   for site in program.sites:
     uses.setdefault(site.view.leaf, []).append(site)
   ways = {
-    leaf: _choose(sites, may_probe=may_probe) for leaf, sites in uses.items()
+    leaf: choose_way(sites, may_probe=may_probe) for leaf, sites in uses.items()
   }
   by_leaf = {
     leaf: jnp.zeros(_kept_shape(leaves[leaf], sites[0]), jnp.float32)
@@ -228,7 +228,7 @@ def per_example(
   )
 
 
-def _choose(sites: Sequence[taps.Site], *, may_probe: bool) -> Way:
+def choose_way(sites: Sequence[taps.Site], *, may_probe: bool) -> Way:
   """The way of one parameter, by local shapes; see the module's docstring."""
   size = math.prod(sites[0].view.shape)
   is_matrix = all(site.kind in ("dense", "embed") for site in sites)
@@ -569,14 +569,16 @@ def _materialised_stats(factors: list[_Factor]) -> Stats:
     uses = jax.tree.map(lambda x: x[None], uses)
     grad = sum(_products(use)[0] for use in uses)
     spread = _spread(
-      [_token_norms(use.rows) for use in uses],
-      [_token_norms(use.cols) for use in uses],
+      [_safe_token_norms(use.rows) for use in uses],
+      [_safe_token_norms(use.cols) for use in uses],
     )[0]
+    # Without the barrier XLA makes (s c)^2 into s^2 c^2, and c^2 is 0.
+    small = jax.lax.optimization_barrier(spread * SHRINK)
     return Stats(
       squared=jnp.sum(jnp.square(grad)),
       shrunk=jnp.sum(jnp.square(grad * SHRINK)),
       spread=jnp.square(spread),
-      spread_shrunk=jnp.square(spread * SHRINK),
+      spread_shrunk=jnp.square(small),
     )
 
   # No more memory than the factors take already.
@@ -641,6 +643,15 @@ def _token_norms(x: jax.Array) -> jax.Array:
   if x.ndim == 2:
     return jnp.ones(x.shape)
   return jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1))
+
+
+def _safe_token_norms(x: jax.Array) -> jax.Array:
+  """`_token_norms` of numbers whose squares overflow or vanish, too."""
+  if x.ndim == 2:
+    return jnp.ones(x.shape)
+  top = jnp.max(jnp.abs(x.astype(jnp.float32)), axis=-1, keepdims=True)
+  top = jax.lax.optimization_barrier(jnp.where(top == 0, 1.0, top))
+  return top[..., 0] * _token_norms(x.astype(jnp.float32) / top)
 
 
 def _largest(x: jax.Array) -> jax.Array:
