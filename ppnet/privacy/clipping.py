@@ -136,11 +136,11 @@ def clipped_grad(
   function's own default, `param_ops.PLAIN`, is used. `privacy.ghost` has the
   rules, what each costs, and why a norm is never too small.
 
-  | engine | backward passes | memory beside the model's own | exact for |
+  | engine | backward passes | extra memory | for |
   | --- | --- | --- | --- |
-  | VMAP | 1 | every example's gradient | any loss function |
-  | GHOST | 2 for weights used once, else 1 | weights used twice: as below | f32 |
-  | BOOKKEEPING | 1 | inputs and cotangents, or small gradients | all ops |
+  | VMAP | 1 | all examples' gradients | any loss function |
+  | GHOST | 2, or 1 if no weight is used once | none for those | float32 |
+  | BOOKKEEPING | 1 | inputs and cotangents, or small gradients | any dtype |
 
   | edge case | contribution |
   | --- | --- |

@@ -19,19 +19,25 @@ each parameter one of three ways is chosen:
   cotangents of the first and multiplies where the weight gradient is formed.
   The weights never pass through the network.
 
-KEEP is taken where m n <= T (m + n), T the tokens of all uses: it is then the
-smaller array and the cheaper norm.
+KEEP is taken where m n <= 0.4 T (m + n), T the tokens of all uses: it is then
+the smaller array. In flops the products cost less than the Gram form up to
+m n = T (m + n), but they are written and read again: measured on two CPU
+cores, 0.4 took 1.2 to 1.3 of the non-private time on configs/quickstart.py
+where 1 took 1.85, and as long within the noise at d 256 and T 128 with a tenth
+less memory. A probe writes nothing that outlives it and changes over at
+m n = T (m + n).
 
 *Formal guarantee.* The norm that `Stats` leads to is not below that of the
 example's contribution to the sum by more than a part in 10^5, in the rounding
 model below. u = 2^-24, S = sum_t |a_t||b_t|.
 
-- A Gram form subtracts large numbers to find a small one. With the two Grams
-  off by at most c u |a_s||a_t| and c u |b_s||b_t| per entry, the squared norm is
-  off by at most E = c u sum_st (|a_s||a_t||Q_st| + |b_s||b_t||P_st|), P and Q
-  the Grams. E is computed beside it and **added**. Where E is more than 10^-5
-  of the result for any example, the products are formed one example at a time
-  instead (`_materialised`).
+- A Gram form subtracts large numbers to find a small one. With the Grams P
+  and Q off by at most c u |a_s||a_t| and c u |b_s||b_t| per entry, the squared
+  norm is off by at most
+  E = c u sum_st (|a_s||a_t||Q_st| + |b_s||b_t||P_st|). E is computed beside it
+  and **added**. Where E is more than 10^-5 of the result for any example, the
+  products themselves are formed, a few examples at a time
+  (`_materialised_stats`).
 - The sum is not formed by the same roundings as the norm. Each can be off by
   c u S; `Stats.spread` carries S^2 and `clipping` adds c u S where it exceeds
   the slack. KEEP needs none: norm and sum read one array.
@@ -70,6 +76,8 @@ PyTree = Any
 
 # Where squares overflow, the same norm in units of 2^80 takes over.
 SHRINK = 2.0**-80
+
+_KEEP_SHARE = 0.4  # See the module's docstring.
 
 # c u of the docstring.
 ROUNDING = 4 * 2.0**-24
@@ -183,7 +191,9 @@ def per_example(
 
   def forward(probed, by_leaf, by_site, probe):
     frame = taps.Frame(
-      rule=lambda site, *args: _RULES[ways[site.view.leaf]](site, *args),
+      rule=lambda site, weight, x, frame: _RULES[ways[site.view.leaf]](
+        site, weight, x, frame
+      ),
       by_leaf=by_leaf,
       by_site=by_site,
       everywhere=probe,
@@ -243,7 +253,7 @@ def choose_way(sites: Sequence[taps.Site], *, may_probe: bool) -> Way:
   if may_probe and _is_used_once(sites):
     return Way.PROBE
   aligned = all(_orientation(site, sites) is not None for site in sites)
-  return Way.RECORD if aligned and size > recorded else Way.KEEP
+  return Way.RECORD if aligned and size > _KEEP_SHARE * recorded else Way.KEEP
 
 
 def _num_slices(site: taps.Site) -> int:
@@ -664,4 +674,5 @@ def _largest(x: jax.Array) -> jax.Array:
 def _spread(row_norms: list, col_norms: list) -> jax.Array:
   """S = sum over tokens of the factors' norms, f32[B]."""
   pairs = zip(row_norms, col_norms, strict=True)
-  return sum(jnp.sum(rows * cols, axis=1) for rows, cols in pairs)
+  parts = [jnp.sum(rows * cols, axis=1) for rows, cols in pairs]
+  return _over_uses(jnp.add, parts)

@@ -427,7 +427,7 @@ def _evaluate(
       if site is None:
         outs = [plain(eqn.params["kind"], *values)]
       else:
-        outs = [frame.rule(site, *values, frame)]
+        outs = [frame.rule(site, values[0], values[1], frame)]
     elif not _has_ops(eqn):
       outs = _bind(jaxpr, eqn, values)
     elif name == "scan":

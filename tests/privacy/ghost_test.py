@@ -2,7 +2,6 @@
 
 import functools
 
-import chex
 import flax.linen as nn
 import hypothesis
 import hypothesis.strategies as st
