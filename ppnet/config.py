@@ -65,7 +65,9 @@ class Clipping(enum.Enum):
 class Engine(enum.Enum):
   """How the clipped sum is computed. Every engine gives the same sum."""
 
-  VMAP = "vmap"
+  VMAP = "vmap"  # Any loss function; the reference.
+  GHOST = "ghost"  # Norms by one pullback, the sum by a second one. float32.
+  BOOKKEEPING = "bookkeeping"  # One backward pass; keeps its cotangents.
 
 
 class Sampler(enum.Enum):

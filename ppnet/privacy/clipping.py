@@ -13,6 +13,7 @@
 
 import dataclasses
 import functools
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
@@ -22,9 +23,10 @@ import jax.numpy as jnp
 
 from ppnet import config
 from ppnet.core import checks
+from ppnet.privacy import ghost, taps
 
 PyTree = Any
-LossFn = Callable[[PyTree, PyTree], Any]
+LossFn = Callable[..., Any]  # (params, batch, ops=PLAIN) -> losses.
 
 # What is added is scaled to C * (1 - slack), so that roundings cannot lift its
 # norm above C. In units of u = 2^-24 = 6.0e-8, relative to the norm: rounding
@@ -38,7 +40,7 @@ _SLACK = 1e-5
 
 # A second sum of squares, of gradients times 2^-80, takes over where the first
 # overflows: the largest float32 squared is then 8e28, so a billion entries fit.
-_SHRINK = 2.0**-80
+_SHRINK = ghost.SHRINK
 _LARGE_SQUARED_NORM = 1e30
 
 # Squares of entries that matter to the norm neither overflow nor underflow for
@@ -120,9 +122,25 @@ def clipped_grad(
   the parameters and the loss function (up to the float32 rounding of the sum
   over examples, about 1e-7 of its norm). The VMAP engine calls `loss_fn` on
   batches of one example, so no example can enter another one's gradient, as
-  long as the function closes over no private data. Randomness belongs in the
-  batch, one key per example. Only `grad_sum` has bounded sensitivity; the
-  norms, losses and aux are diagnostics, and private.
+  long as the function closes over no private data. GHOST and BOOKKEEPING call
+  it on whole microbatches: there the guarantee needs a loss function that does
+  not couple examples (no batch statistics), which `check_examples_are_apart`
+  tests on a batch. Randomness belongs in the batch, one key per example. Only
+  `grad_sum` has bounded sensitivity; the norms, losses and aux are diagnostics,
+  and private.
+
+  *Operations.* GHOST and BOOKKEEPING call `loss_fn(params, batch, ops=ops)`
+  with an `ops` of their own, and the function must touch its parameters through
+  those alone (`core.param_ops`; a model of `ppnet.models` is cloned with them).
+  Whatever else touches one is an error that names it. VMAP passes no `ops`: the
+  function's own default, `param_ops.PLAIN`, is used. `privacy.ghost` has the
+  rules, what each costs, and why a norm is never too small.
+
+  | engine | backward passes | extra memory | for |
+  | --- | --- | --- | --- |
+  | VMAP | 1 | all examples' gradients | any loss function |
+  | GHOST | 2, or 1 if no weight is used once | none for those | float32 |
+  | BOOKKEEPING | 1 | inputs and cotangents, or small gradients | any dtype |
 
   | edge case | contribution |
   | --- | --- |
@@ -135,8 +153,9 @@ def clipped_grad(
   | clip norm 0, infinite, NaN, or outside [1e-10, 1e15] | `ValueError` |
 
   Args:
-    loss_fn: `loss_fn(params, batch) -> losses f32[B]`, or
-      `(losses, aux)` with leaves [B, ...] if `has_aux`.
+    loss_fn: `loss_fn(params, batch, ops=PLAIN) -> losses f32[B]`, or
+      `(losses, aux)` with leaves [B, ...] if `has_aux`. VMAP does without
+      `ops`.
     l2_clip_norm: C, in [1e-10, 1e15].
     engine: how the sum is computed; all give the same sum.
     microbatch_size: examples whose gradients are held at once; None means all.
@@ -148,11 +167,15 @@ def clipped_grad(
     method `sensitivity(neighboring_relation)`.
 
   Raises:
-    ValueError: an argument out of range, an unknown engine, or (when called) a
-      loss function whose losses do not have the shape [B].
+    ValueError: an argument out of range, an unknown engine, a loss function
+      without `ops` for an engine that hands it some, or (when called) one whose
+      losses do not have the shape [B] or whose parameters go elsewhere.
   """
   _check_clip_norm(l2_clip_norm)
-  engine_fn = _ENGINES[_parse_engine(engine)]
+  engine = _parse_engine(engine)
+  if engine is not config.Engine.VMAP:
+    _check_takes_ops(loss_fn)
+  engine_fn = _ENGINES[engine]
   _check_microbatch_size(microbatch_size)
   return _PerExampleGrad(
     sum_fn=functools.partial(
@@ -213,6 +236,40 @@ def unprotected_grad(
     clip_norm=l2_clip_norm if clipping is config.Clipping.BATCH else None,
     microbatch_size=microbatch_size,
   )
+
+
+def check_examples_are_apart(
+  loss_fn: LossFn, params: PyTree, batch: PyTree, *, has_aux: bool = False
+) -> None:
+  """Raises if examples of this batch enter each other's loss or gradient.
+
+  A debugging aid for loss functions that GHOST and BOOKKEEPING are to run, on a
+  batch with at least two different examples. *Formal guarantee.* None: a
+  coupling that this batch does not show passes.
+
+  Raises:
+    ValueError: losses or gradient norms over the whole batch are not those of
+      each example alone.
+  """
+  alone, together = (
+    clipped_grad(loss_fn, l2_clip_norm=1.0, engine=engine, has_aux=has_aux)(
+      params, rows
+    )
+    for engine, rows in (
+      (config.Engine.VMAP, _cloned(batch)),
+      (config.Engine.BOOKKEEPING, batch),
+    )
+  )
+  for name in ("losses", "grad_norms"):
+    one, all_of_them = getattr(alone, name), getattr(together, name)
+    apart = jnp.abs(one - all_of_them) <= 1e-4 * (jnp.abs(one) + 1e-6)
+    if not bool(jnp.all(apart | ~jnp.isfinite(one))):
+      checks.fail(
+        f"{name} of each example not to depend on the others",
+        "Look for statistics over the batch axis, or use engine VMAP.",
+        alone=one,
+        in_the_batch=all_of_them,
+      )
 
 
 def clip_batch_mean(
@@ -331,39 +388,140 @@ def _vmap_engine(
     return loss, jax.tree.map(lambda leaf: leaf[0], aux), grad
 
   losses, aux, grads = jax.vmap(one_grad)(batch)  # Leaves [B, ...].
-  squared = sum(_rows_sum(jnp.square(leaf)) for leaf in jax.tree.leaves(grads))
-  shrunk = sum(
-    _rows_sum(jnp.square(leaf * _SHRINK)) for leaf in jax.tree.leaves(grads)
+  leaves = jax.tree.leaves(grads)
+  clip = _clip(
+    losses,
+    padding,
+    squared=sum(_rows_sum(jnp.square(leaf)) for leaf in leaves),
+    shrunk=sum(_rows_sum(jnp.square(leaf * _SHRINK)) for leaf in leaves),
+    l2_clip_norm=l2_clip_norm,
   )
+
+  def clipped_sum(leaf):  # [B, ...] -> [...]
+    shape = (-1,) + (1,) * (leaf.ndim - 1)
+    shrink, factor = (clip.weights[:, i].reshape(shape) for i in (0, 1))
+    # Select, do not multiply by zero: 0 * NaN is NaN.
+    return jnp.sum(
+      jnp.where(clip.keep.reshape(shape), leaf * shrink * factor, 0.0), axis=0
+    )
+
+  return _result(
+    jax.tree.map(clipped_sum, grads), losses, aux, padding, clip, has_aux
+  )
+
+
+def _tapped_engine(
+  loss_fn: LossFn,
+  params: PyTree,
+  batch: PyTree,
+  padding: jax.Array,
+  *,
+  l2_clip_norm: float,
+  has_aux: bool,
+  may_probe: bool,
+) -> ClippedGrad:
+  """Clipped sum by rules for each operation: GHOST and BOOKKEEPING."""
+  with_ops = functools.partial(loss_fn, ops=taps.MARKING)
+
+  def call(params, batch):
+    num_rows = jax.tree.leaves(batch)[0].shape[0]
+    return _call(with_ops, params, batch, num_rows, has_aux)
+
+  out = ghost.per_example(call, params, batch, may_probe=may_probe)
+  clip = _clip(
+    out.losses,
+    padding,
+    squared=out.stats.squared,
+    shrunk=out.stats.shrunk,
+    spread=out.stats.spread,
+    spread_shrunk=out.stats.spread_shrunk,
+    l2_clip_norm=l2_clip_norm,
+  )
+  return _result(
+    out.weighted_sum(clip.weights), out.losses, out.aux, padding, clip, has_aux
+  )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Clip:
+  """What becomes of each example.
+
+  Attributes:
+    keep: whether it counts, bool[B].
+    is_finite: bool[B], of padding as well.
+    norms: of its gradient, 0 unless kept, f32[B].
+    weights: two factors, since C / |g| may underflow; 0 unless kept, f32[B, 2].
+  """
+
+  keep: jax.Array
+  is_finite: jax.Array
+  norms: jax.Array
+  weights: jax.Array
+
+
+def _clip(
+  losses: jax.Array,
+  padding: jax.Array,
+  *,
+  squared: Any,
+  shrunk: Any,
+  l2_clip_norm: float,
+  spread: Any = 0.0,
+  spread_shrunk: Any = 0.0,
+) -> _Clip:
+  """Weights from squared norms; `shrunk` are those times _SHRINK^2.
+
+  `spread` is S^2 of `privacy.ghost`, the scale of a sum's rounding where sum
+  and norm are formed apart.
+  """
   # NaN and infinity survive in `shrunk`; finite entries cannot overflow it.
   is_finite = jnp.isfinite(shrunk) & jnp.isfinite(losses)
   keep = is_finite & ~padding
   large = ~(squared < _LARGE_SQUARED_NORM)
   norm = jnp.sqrt(jnp.where(large, shrunk, squared))  # Of grads * shrink.
   shrink = jnp.where(large, _SHRINK, 1.0)
+  rounding = ghost.ROUNDING * jnp.sqrt(jnp.where(large, spread_shrunk, spread))
+  safe_norm = jnp.maximum(norm, norm * (1 - _SLACK / 2) + rounding)
   bound = l2_clip_norm * (1 - _SLACK)
-  # min(1, bound / 0) is 1. In two factors, since C / |g| may underflow.
-  factor = jnp.where(large, bound / norm, jnp.minimum(1.0, bound / norm))
-
-  def clipped_sum(leaf):  # [B, ...] -> [...]
-    shape = (-1,) + (1,) * (leaf.ndim - 1)
-    scaled = leaf * shrink.reshape(shape) * factor.reshape(shape)
-    # Select, do not multiply by zero: 0 * NaN is NaN.
-    return jnp.sum(jnp.where(keep.reshape(shape), scaled, 0.0), axis=0)
-
+  # min(1, bound / 0) is 1.
+  factor = jnp.where(
+    large, bound / safe_norm, jnp.minimum(1.0, bound / safe_norm)
+  )
   largest = jnp.finfo(jnp.float32).max
+  weights = jnp.stack([shrink, factor], axis=1)
+  return _Clip(
+    keep=keep,
+    is_finite=is_finite,
+    norms=jnp.where(keep, jnp.minimum(norm / shrink, largest), 0.0),
+    weights=jnp.where(keep[:, None], weights, 0.0),
+  )
+
+
+def _result(
+  grad_sum: PyTree,
+  losses: jax.Array,
+  aux: PyTree,
+  padding: jax.Array,
+  clip: _Clip,
+  has_aux: bool,
+) -> ClippedGrad:
+  """Puts a result together, nothing of padding in it."""
   return ClippedGrad(
-    grad_sum=jax.tree.map(clipped_sum, grads),
-    grad_norms=jnp.where(keep, jnp.minimum(norm / shrink, largest), 0.0),
+    grad_sum=grad_sum,
+    grad_norms=clip.norms,
     losses=jnp.where(padding, 0.0, losses),
     aux=_zero_padding(aux, padding) if has_aux else None,
-    is_nonfinite=~is_finite & ~padding,
+    is_nonfinite=~clip.is_finite & ~padding,
   )
 
 
 # An engine takes (loss_fn, params, batch, padding bool[B]) and, by keyword,
 # l2_clip_norm and has_aux; it returns the same ClippedGrad as every other.
-_ENGINES = {config.Engine.VMAP: _vmap_engine}
+_ENGINES = {
+  config.Engine.VMAP: _vmap_engine,
+  config.Engine.GHOST: functools.partial(_tapped_engine, may_probe=True),
+  config.Engine.BOOKKEEPING: functools.partial(_tapped_engine, may_probe=False),
+}
 
 
 def _batch_sum(
@@ -509,6 +667,18 @@ def _without_keys(
   return plain, rewrap
 
 
+def _cloned(batch: PyTree) -> PyTree:
+  """The batch with its keys to be used once more, on purpose."""
+  return jax.tree.map(
+    lambda leaf: (
+      jax.random.clone(leaf)
+      if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+      else leaf
+    ),
+    batch,
+  )
+
+
 def _blank_rows(leaf: jax.Array, *, num_rows: int) -> jax.Array:
   """Rows of zeros (False: no example) like those of a leaf [B, ...]."""
   return jnp.zeros((num_rows, *leaf.shape[1:]), leaf.dtype)
@@ -552,6 +722,18 @@ def _check_clip_norm(l2_clip_norm: float) -> None:
       f"l2_clip_norm >= {_MIN_CLIP_NORM}",
       "Below, squares of gradients underflow in float32.",
       l2_clip_norm=l2_clip_norm,
+    )
+
+
+def _check_takes_ops(loss_fn: LossFn) -> None:
+  """Raises unless the loss function has a parameter `ops`."""
+  parameters = inspect.signature(loss_fn).parameters.values()
+  if not any(p.name == "ops" or p.kind is p.VAR_KEYWORD for p in parameters):
+    checks.fail(
+      "loss_fn to take the operations on its parameters as `ops`",
+      "Write loss_fn(params, batch, ops=param_ops.PLAIN) and hand them to the"
+      " model, or use engine VMAP.",
+      loss_fn=loss_fn,
     )
 
 

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from ppnet import config as config_lib
+from ppnet.core import param_ops
 from ppnet.kernels import noisy_attention
 from ppnet.models import multimodal
 
 Batch = Mapping[str, Any]
-LossFn = Callable[[Any, Batch], tuple[Array, dict[str, Array]]]
+LossFn = Callable[..., tuple[Array, dict[str, Array]]]
 
 
 def cross_entropy(
@@ -88,17 +89,20 @@ def make_loss_fn(
   inside the per-example gradient, before clipping and noise.
 
   Returns:
-    `loss_fn(params, batch) -> (losses f32[B], terms)`. `batch["key"]` holds one
-    key per example; `terms` has "task" and "attention_consistency", f32[B].
+    `loss_fn(params, batch, ops=PLAIN) -> (losses f32[B], terms)`.
+    `batch["key"]` holds one key per example; `terms` has "task" and
+    "attention_consistency", f32[B]. `ops` are the operations that the model
+    uses on its parameters, from the engine (see `privacy.clipping`).
   """
 
-  def loss_fn(params, batch):
+  def loss_fn(params, batch, ops: param_ops.ParamOps = param_ops.PLAIN):
+    own = model.clone(ops=ops)
     noise = attention_noise(config, batch["key"])
-    logits = predict(model, params, batch, noise=noise)
+    logits = predict(own, params, batch, noise=noise)
     task = cross_entropy(logits, batch["targets"], batch["loss_mask"])
     divergence = jnp.zeros_like(task)
     if noise is not None and config.consistency_weight > 0:
-      clean = predict(model, params, batch, noise=None)
+      clean = predict(own, params, batch, noise=None)
       divergence = consistency(clean, logits, batch["loss_mask"])
     terms = {"task": task, "attention_consistency": divergence}
     return task + config.consistency_weight * divergence, terms
