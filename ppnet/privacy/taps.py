@@ -357,8 +357,7 @@ class _Finder:
 
   def _visit_scan(self, eqn, ins, here, scans, lengths) -> None:
     """Slices what is scanned; a parameter may not be carried or returned."""
-    num_consts = eqn.params["num_consts"]
-    first_x = num_consts + eqn.params["num_carry"]
+    num_consts, first_x = _scan_parts(eqn)
     inner, _ = _open(eqn.params["jaxpr"])
     views = []
     for i, view in enumerate(ins):
@@ -461,8 +460,7 @@ def _bind(jaxpr: jex_core.Jaxpr, eqn: Any, values: list[Any]) -> list[Any]:
 
 def _evaluate_scan(eqn, values, here, program, frame) -> list[Any]:
   """A scan whose body has sites: extra inputs sliced, outputs stacked."""
-  first_carry = eqn.params["num_consts"]
-  first_x = first_carry + eqn.params["num_carry"]
+  first_carry, first_x = _scan_parts(eqn)
   inner, inner_consts = _open(eqn.params["jaxpr"])
   sites = [site for site in program.sites if here in site.scans]
   by_leaf = {
@@ -526,11 +524,18 @@ def _evaluate_remat(eqn, values, here, program, frame) -> list[Any]:
   return outs
 
 
+def _scan_parts(eqn: Any) -> tuple[int, int]:
+  """Where a scan's carry and its slices begin among its inputs."""
+  if "num_consts" in eqn.params:  # JAX 0.10.
+    num_consts, num_carry = eqn.params["num_consts"], eqn.params["num_carry"]
+  else:
+    num_consts, num_carry, _ = map(len, eqn.params["ft_in"].unpack())
+  return num_consts, num_consts + num_carry
+
+
 def _open(jaxpr: Any) -> tuple[jex_core.Jaxpr, Any]:
   """A jaxpr and its constants, whether it was closed or not."""
-  if isinstance(jaxpr, jex_core.ClosedJaxpr):
-    return jaxpr.jaxpr, jaxpr.consts
-  return jaxpr, ()
+  return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
 
 
 def _inner_jaxprs(eqn: Any) -> Iterator[jex_core.Jaxpr]:
