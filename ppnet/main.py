@@ -35,8 +35,8 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
   "workdir",
   None,
-  "Folder of this run's records. Default: runs/<name>, followed by the"
-  " overriding flags.",
+  "Folder of this run's records. Default: runs/<name>, or runs/<name>-sweep,"
+  " followed by the overriding flags.",
 )
 _SWEEP = flags.DEFINE_string(
   "sweep",
@@ -191,7 +191,9 @@ def _main(argv: Sequence[str]) -> None:
   logging.set_verbosity(logging.WARNING)
   config: Any = _CONFIG.value
   arguments = config_args.Arguments.split(sys.argv)
-  default = workdirs.run_name(config.name, arguments.overrides)
+  # A sweep's folder holds folders of runs: not one that is a run itself.
+  name = config.name if _SWEEP.value is None else f"{config.name}-sweep"
+  default = workdirs.run_name(name, arguments.overrides)
   workdir = pathlib.Path(_WORKDIR.value or pathlib.Path("runs") / default)
   try:
     if _SWEEP.value is None:

@@ -95,7 +95,7 @@ def interrupted_at(workdir, prepared, monkeypatch, *, dispatch, **changes):
       loop.train(experiment, log=io.StringIO())
 
 
-@pytest.mark.parametrize("dispatch", [0, 1, 3, 5])
+@pytest.mark.parametrize("dispatch", [0, 3, 5])
 def test_a_resumed_seeded_run_equals_an_uninterrupted_one_bit_for_bit(
   uninterrupted, prepared, tmp_path, monkeypatch, dispatch
 ):
@@ -187,7 +187,9 @@ def test_no_key_reaches_a_checkpoint(uninterrupted, prepared):
   # Fails if: a noise key is part of what is saved.
 
 
-@pytest.mark.parametrize("axes", [(8, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize(
+  "axes", [pytest.param((8, 1, 1), marks=pytest.mark.slow), (2, 2, 2)]
+)
 def test_result_does_not_depend_on_the_mesh(
   uninterrupted, prepared, tmp_path, monkeypatch, axes
 ):
