@@ -26,6 +26,7 @@ from ppnet import config_args, sweep
 from ppnet.audit import run as audit
 from ppnet.core import checks, records, workdirs
 from ppnet.data import prepare
+from ppnet.privacy import ledger
 from ppnet.report import figures, tables
 from ppnet.train import loop
 
@@ -81,17 +82,15 @@ def evaluate(
 ) -> None:
   """Evaluates the newest checkpoint; writes `evaluation.json`."""
   experiment = loop.open_experiment(config, workdir)
-  state, position = loop.restore(experiment)
+  state, _ = loop.restore(experiment)
   scores = loop.evaluate(experiment, state.params)
-  claim = experiment.mechanism.claim()
+  # The ledger's count: it may be ahead of the checkpoint's, never behind.
+  charged_steps = ledger.read(workdir / "privacy.json")["charged_steps"]
   evaluation = {
     "split": "test",
     "num_steps": int(jax.device_get(state.step)),
-    "epsilon": experiment.mechanism.epsilon_after(position["charged_steps"]),
-    **{
-      name: claim[name]
-      for name in ("delta", "noise_multiplier", "neighboring_relation")
-    },
+    "charged_steps": charged_steps,
+    **experiment.claimed(charged_steps),
     **scores,
   }
   records.write_json(workdir / "evaluation.json", evaluation)

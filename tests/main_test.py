@@ -149,6 +149,9 @@ def test_evaluate_repeats_the_run_s_own_numbers(finished):
   evaluation = records.read_json(workdir / "evaluation.json")
   for name in ("accuracy", "f1", "auc_roc", "loss", "epsilon", "num_steps"):
     assert evaluation[name] == summary[name]
+  for name in ("charged_steps", "guarantee", "seeded"):
+    assert evaluation[name] == summary[name]
+  assert "seed" in output  # The mark of a run that others can repeat.
 
 
 def test_another_configuration_is_refused_by_field(finished):

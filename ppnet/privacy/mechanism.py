@@ -185,11 +185,11 @@ class Mechanism:
       "sampler_seeded": self.sampler_seeded,
       "noise_seeded": self.noise_seeded,
       "has_guarantee": self.has_guarantee,
-      "guarantee": self._guarantee(),
+      "guarantee": self.guarantee(self.num_steps),
     }
 
-  def _guarantee(self) -> str:
-    """One sentence for people."""
+  def guarantee(self, num_steps: int) -> str:
+    """One sentence for people: what `num_steps` releases promise."""
     if not self.has_guarantee:
       return f"No guarantee (epsilon = inf): {self.why_not}."
     relation = {
@@ -212,7 +212,7 @@ class Mechanism:
         " and the ".join(seeded)
       )
     return (
-      f"{self.num_steps} steps are ({self.epsilon(self.num_steps):.4g},"
+      f"{num_steps} steps are ({self.epsilon(num_steps):.4g},"
       f" {self.delta:.4g})-differentially private with respect to {relation}"
       f" training {self.unit.value} ({_sampler_name(self.sampler)} sampling,"
       f" {self.accountant.name} accountant){caveat}."

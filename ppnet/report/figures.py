@@ -172,27 +172,25 @@ def read(workdir: pathlib.Path) -> TrainingData:
   """
   workdir = pathlib.Path(workdir)
   path = workdir / "metrics.jsonl"
-  latest = {
-    (row["split"], int(row["step"])): row
-    for row in records.read_json_lines(path)
-    if "split" in row and "step" in row
+  rows = {
+    split: records.latest_rows(path, split=split) for split in ("train", "test")
   }
-  if not latest:
+  steps = [int(row["step"]) for of_split in rows.values() for row in of_split]
+  if not steps:
     raise ValueError(
       f"Expected {path} to hold a row of metrics, but it"
       f" {'is empty' if path.exists() else 'does not exist'}. Run a TRAIN job"
       " with this --workdir first."
     )
-  rows = [latest[place] for place in sorted(latest)]
-  train = _columns([row for row in rows if row["split"] == "train"])
+  train = _columns(rows["train"])
   config = _read_if_present(workdir / "config.json")
   config = config.get("config", config)  # Beside commit and versions, or bare.
   return TrainingData(
     name=str(config.get("name") or workdir.resolve().name),
-    last_step=max(step for _, step in latest),
+    last_step=max(steps),
     train=train,
     epoch_means=_epoch_means(train),
-    test=_columns([row for row in rows if row["split"] == "test"]),
+    test=_columns(rows["test"]),
     privacy=config.get("privacy") or {},
     summary=_read_if_present(workdir / "summary.json"),
   )

@@ -22,7 +22,7 @@ import tqdm
 
 from ppnet import config as config_lib
 from ppnet.core import checks, prng
-from ppnet.data import pipeline, prepare, text
+from ppnet.data import pipeline, prepare, sources, text
 from ppnet.privacy import ledger as ledger_lib
 from ppnet.privacy import mechanism as mechanism_lib
 from ppnet.train import checkpoint, metrics
@@ -45,6 +45,8 @@ class Experiment:
     tokenizer: of the same data.
     mechanism: sampler, clip, noise and accountant.
     program: the compiled pieces.
+    datasets: the examples of each split, opened once, so that what one
+      evaluation decoded the next one finds.
     bad_records: counts what could not be decoded.
   """
 
@@ -54,16 +56,29 @@ class Experiment:
   tokenizer: text.Tokenizer
   mechanism: mechanism_lib.Mechanism
   program: program_lib.Program
+  datasets: Mapping[str, Any]
   bad_records: pipeline.BadRecords
 
-  def examples(self, split: str) -> Any:
-    """The examples of one split."""
-    return pipeline.examples(
-      self.config,
-      prepared_dir(self.config, self.workdir),
-      split=split,
-      bad_records=self.bad_records,
-    )
+  def claimed(self, charged_steps: int) -> dict[str, Any]:
+    """What a record of this run says of its privacy, after so many charges."""
+    claim = self.mechanism.claim()
+    return {
+      name: claim[name]
+      for name in (
+        "delta",
+        "noise_multiplier",
+        "l2_clip_norm",
+        "sampling_prob",
+        "neighboring_relation",
+        "accountant",
+        "unit",
+      )
+    } | {
+      "epsilon": self.mechanism.epsilon_after(charged_steps),
+      # Of the charged steps: a restart may have made them more than planned.
+      "guarantee": self.mechanism.guarantee(charged_steps),
+      "seeded": claim["sampler_seeded"] or claim["noise_seeded"],
+    }
 
 
 def prepared_dir(
@@ -112,6 +127,12 @@ def open_experiment(
       placeholder_ids=tokenizer.placeholder_ids,
       devices=devices,
     ),
+    datasets={
+      split: pipeline.examples(
+        config, folder, split=split, bad_records=bad_records
+      )
+      for split in sources.SPLITS
+    },
     bad_records=bad_records,
   )
 
@@ -169,7 +190,7 @@ def predictions(
   program = experiment.program
   rows = []
   for batch in pipeline.eval_batches(
-    experiment.examples(split),
+    experiment.datasets[split],
     batch_size=experiment.config.perf.microbatch_size,
   ):
     real = ~batch["is_padding_example"]
@@ -223,7 +244,7 @@ class _Run:
     )
     self._steps_data = iter(
       pipeline.train_steps(
-        experiment.examples("train"),
+        experiment.datasets["train"],
         draw=self._mechanism.sampler.draw,
         num_steps=config.train.num_steps,
         microbatch_size=config.perf.microbatch_size,
@@ -440,35 +461,19 @@ class _Run:
     if self._checkpoints.latest_step() != self._step:
       self._save()
     self._checkpoints.wait()
-    claim = self._mechanism.claim()
-    summary = {
+    return {
       "name": self._config.name,
       "status": "stopped_by_budget" if stopped_by_budget else "complete",
       "num_steps": self._step,
       "charged_steps": self._ledger.charged_steps,
       **scores,
-      "epsilon": self._ledger.epsilon,
-      **{
-        name: claim[name]
-        for name in (
-          "delta",
-          "noise_multiplier",
-          "l2_clip_norm",
-          "sampling_prob",
-          "neighboring_relation",
-          "accountant",
-          "unit",
-          "guarantee",
-        )
-      },
-      "seeded": claim["sampler_seeded"] or claim["noise_seeded"],
+      **self._experiment.claimed(self._ledger.charged_steps),
       "expected_batch_size": self._mechanism.expected_batch_size,
       "num_train": self._experiment.card.num_train,
       "num_test": self._experiment.card.num_test,
       **metrics.totals(self._experiment.workdir),
       "bad_records": self._experiment.bad_records.causes,
     }
-    return summary
 
   def close(self) -> None:
     """Closes files and waits for saves."""

@@ -170,6 +170,7 @@ def test_a_ledger_that_forgot_a_restart_is_refused(
   interrupted_at(tmp_path, prepared, monkeypatch, dispatch=3, **unseeded)
   summary, _ = run(tmp_path, prepared, **unseeded)
   assert (summary["num_steps"], summary["charged_steps"]) == (6, 8)
+  assert summary["guarantee"].startswith("8 steps are")
   ledger = records.read_json(tmp_path / "privacy.json")
   records.write_json(tmp_path / "privacy.json", ledger | {"charged_steps": 7})
   with pytest.raises(ValueError, match="older than the checkpoint"):
