@@ -71,9 +71,12 @@ class Engine(enum.Enum):
 
 
 class Sampler(enum.Enum):
-  """How a step's batch is drawn."""
+  """How a step's batch is drawn; each is accounted for as what it is."""
 
-  POISSON = "poisson"
+  POISSON = "poisson"  # Varying size, nothing cut.
+  TRUNCATED_POISSON = "truncated_poisson"  # At most `privacy.max_batch_size`.
+  BALLS_IN_BINS = "balls_in_bins"  # Everybody once a cycle, at random.
+  SHUFFLE = "shuffle"  # Fixed size; no amplification is claimed.
   FULL_BATCH = "full_batch"
 
 
@@ -320,6 +323,8 @@ class PrivacyConfig:
     clipping: PER_EXAMPLE, or a named ablation without a guarantee.
     noise: False is an ablation without a guarantee.
     sampler: how batches are drawn; the accountant is told the same.
+    max_batch_size: examples that TRUNCATED_POISSON keeps at most; None for the
+      other samplers.
     accountant: PLD (tight) or RDP.
     neighboring_relation: which data sets are neighbours.
     unit: what is protected.
@@ -337,6 +342,7 @@ class PrivacyConfig:
   clipping: Clipping = Clipping.PER_EXAMPLE
   noise: bool = True
   sampler: Sampler = Sampler.POISSON
+  max_batch_size: int | None = None
   accountant: Accountant = Accountant.PLD
   neighboring_relation: NeighboringRelation = (
     NeighboringRelation.ADD_OR_REMOVE_ONE
@@ -520,6 +526,20 @@ def _validate_privacy(privacy: PrivacyConfig) -> None:
       "For a run without noise use --config.privacy.noise=false.",
       **{"privacy.noise_multiplier": privacy.noise_multiplier},
     )
+  if (privacy.sampler is Sampler.TRUNCATED_POISSON) != (
+    privacy.max_batch_size is not None
+  ):
+    checks.fail(
+      "privacy.max_batch_size with privacy.sampler=TRUNCATED_POISSON, and with"
+      " no other",
+      "POISSON cuts nothing; set it to none there.",
+      **{
+        "privacy.sampler": privacy.sampler.name,
+        "privacy.max_batch_size": privacy.max_batch_size,
+      },
+    )
+  if privacy.max_batch_size is not None:
+    checks.positive(**{"privacy.max_batch_size": privacy.max_batch_size})
   if privacy.unit is not PrivacyUnit.EXAMPLE:
     checks.fail(
       "privacy.unit=EXAMPLE",

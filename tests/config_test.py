@@ -20,6 +20,12 @@ def test_defaults_of_the_tests_are_valid():
     ("privacy.delta", 0.0, "0 < privacy.delta < 1"),
     ("privacy.delta", 1.0, "0 < privacy.delta < 1"),
     ("privacy.l2_clip_norm", 0.0, "privacy.l2_clip_norm > 0"),
+    ("privacy.max_batch_size", 9, "privacy.max_batch_size with"),
+    (
+      "privacy.sampler",
+      config_lib.Sampler.TRUNCATED_POISSON,
+      "privacy.max_batch_size=None",
+    ),
     ("privacy.unit", config_lib.PrivacyUnit.USER, "privacy.unit"),
     ("data.image_channels", 2, r"1 \(grey\) or 3"),
     ("data.pixel_std", 0.0, "data.pixel_std > 0"),

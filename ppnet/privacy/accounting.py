@@ -10,7 +10,9 @@ C under add-or-remove-one, 2C under replace-one, C the clip norm. (An event of
 `dp_accounting` divides by C under both; `_event` translates.)
 
 Every epsilon returned is an upper bound: the PLD is discretised pessimistically
-and RDP is converted by an inequality. No JAX in this module.
+and RDP is converted by an inequality. What is sampled, and how, is said by a
+`participation.Participation`, which a sampler gives of itself; a plain
+`sampling_prob` means Poisson sampling. No JAX in this module.
 
 >>> round(epsilon(noise_multiplier=1.1, sampling_prob=256 / 60000,
 ...               num_steps=14040, delta=1e-5), 2)
@@ -31,6 +33,8 @@ from dp_accounting import pld, rdp
 
 from ppnet import config
 from ppnet.core import checks
+from ppnet.privacy import bins
+from ppnet.privacy import participation as participation_lib
 
 _Member = TypeVar("_Member", bound=enum.Enum)
 
@@ -44,15 +48,16 @@ _MAX_GRID_POINTS = 64
 def epsilon(
   *,
   noise_multiplier: float,
-  sampling_prob: float,
+  sampling_prob: float | None = None,
   num_steps: int,
   delta: float,
   accountant: config.Accountant | str = config.Accountant.PLD,
   neighboring_relation: config.NeighboringRelation | str = (
     config.NeighboringRelation.ADD_OR_REMOVE_ONE
   ),
+  participation: participation_lib.Participation | None = None,
 ) -> float:
-  """Upper bound on epsilon after `num_steps` subsampled Gaussian releases.
+  """Upper bound on epsilon after `num_steps` steps of noisy sums.
 
   PLD: Koskela et al. 2020 (https://arxiv.org/abs/1906.03049), discretised by
   "connect the dots", Doroshenko et al. 2022 (https://arxiv.org/abs/2207.04380,
@@ -60,29 +65,39 @@ def epsilon(
   Section 3.3), converted by Canonne et al. 2020
   (https://arxiv.org/abs/2004.00010, Proposition 12).
 
-  *Formal guarantee.* A mechanism that `num_steps` times includes each example
-  independently with probability `sampling_prob` and releases a sum of
-  sensitivity S plus Gaussian noise of standard deviation
-  `noise_multiplier * S` is (epsilon, delta)-DP for the returned epsilon, also
-  when each release depends on the earlier ones. It does not cover batches
-  drawn in another way (shuffling, fixed-size batches).
+  *Formal guarantee.* A mechanism that `num_steps` times draws examples as
+  `participation` says and releases a sum of sensitivity S plus Gaussian noise
+  of standard deviation `noise_multiplier * S` is (epsilon, delta)-DP for the
+  returned epsilon, also when each release depends on the earlier ones. It does
+  not cover batches drawn in another way. What add-or-remove-one means where the
+  batch size is fixed, `Participation.keeps_place` says.
+
+  | participation | covered by |
+  | --- | --- |
+  | Poisson, CyclicPoisson | PLD, both relations; RDP, add-or-remove-one |
+  | TruncatedPoisson | PLD, both relations (the bound of `dp_accounting`) |
+  | BallsInBins | PLD, add-or-remove-one (see `privacy.bins`) |
+  | OncePerEpoch, probability 1 | PLD and RDP, both relations: no sampling |
 
   | edge case | result |
   | --- | --- |
   | `num_steps` 0 | 0.0 |
   | `noise_multiplier` 0 | inf |
   | `sampling_prob` 1 | Gaussian mechanism on all data, either relation |
-  | REPLACE_ONE, PLD | exact (its own dominating pair, not a doubling) |
-  | REPLACE_ONE, RDP, `sampling_prob` < 1 | `ValueError`: not supported |
+  | REPLACE_ONE, PLD, Poisson | exact (its own pair, not a doubling) |
+  | a combination that nothing above covers | `ValueError` |
+  | a release that `num_steps` cuts short | counted whole |
   | `noise_multiplier` close to 0 | finite, coarser upper bound |
 
   Args:
     noise_multiplier: noise standard deviation over sensitivity, >= 0.
-    sampling_prob: probability that an example joins a step, in (0, 1].
-    num_steps: number of releases, an integer >= 0.
+    sampling_prob: probability that an example joins a step under Poisson
+      sampling, in (0, 1]. Either this or `participation` is given.
+    num_steps: number of steps, an integer >= 0.
     delta: probability that the bound fails, in (0, 1).
     accountant: PLD (tight) or RDP, or their string values.
     neighboring_relation: which data sets are neighbours.
+    participation: what the sampler says of itself.
 
   Returns:
     Epsilon, in nats.
@@ -92,8 +107,9 @@ def epsilon(
       does not cover.
   """
   checks.non_negative(noise_multiplier=noise_multiplier)
+  participation = _participation(sampling_prob, participation)
   accountant, neighboring_relation = _check(
-    sampling_prob, num_steps, delta, accountant, neighboring_relation
+    participation, num_steps, delta, accountant, neighboring_relation
   )
   if num_steps == 0:
     return 0.0
@@ -101,8 +117,8 @@ def epsilon(
     return math.inf
   return _epsilon(
     float(noise_multiplier),
-    float(sampling_prob),
-    int(num_steps),
+    participation,
+    participation.num_releases(int(num_steps)),
     float(delta),
     accountant,
     neighboring_relation,
@@ -113,12 +129,13 @@ def calibrate_noise_multiplier(
   *,
   epsilon: float,
   delta: float,
-  sampling_prob: float,
+  sampling_prob: float | None = None,
   num_steps: int,
   accountant: config.Accountant | str = config.Accountant.PLD,
   neighboring_relation: config.NeighboringRelation | str = (
     config.NeighboringRelation.ADD_OR_REMOVE_ONE
   ),
+  participation: participation_lib.Participation | None = None,
 ) -> float:
   """Noise multiplier whose epsilon reaches the target from below.
 
@@ -135,10 +152,12 @@ def calibrate_noise_multiplier(
   Args:
     epsilon: the target, > 0.
     delta: probability that the bound fails, in (0, 1).
-    sampling_prob: probability that an example joins a step, in (0, 1].
-    num_steps: number of releases, an integer >= 1.
+    sampling_prob: probability that an example joins a step under Poisson
+      sampling, in (0, 1]. Either this or `participation` is given.
+    num_steps: number of steps, an integer >= 1.
     accountant: PLD (tight) or RDP, or their string values.
     neighboring_relation: which data sets are neighbours.
+    participation: what the sampler says of itself.
 
   Returns:
     The noise standard deviation over the sensitivity.
@@ -148,16 +167,18 @@ def calibrate_noise_multiplier(
       does not cover, or a target that no noise reaches.
   """
   checks.positive(epsilon=epsilon)
+  participation = _participation(sampling_prob, participation)
   accountant, neighboring_relation = _check(
-    sampling_prob, num_steps, delta, accountant, neighboring_relation
+    participation, num_steps, delta, accountant, neighboring_relation
   )
   checks.positive("There is nothing to calibrate.", num_steps=num_steps)
+  num_releases = participation.num_releases(int(num_steps))
 
   def spent(noise_multiplier: float) -> float:
     return _epsilon(
       noise_multiplier,
-      float(sampling_prob),
-      int(num_steps),
+      participation,
+      num_releases,
       float(delta),
       accountant,
       neighboring_relation,
@@ -221,15 +242,15 @@ class EpsilonCurve:
 
   Attributes:
     noise_multiplier: noise standard deviation over sensitivity, >= 0.
-    sampling_prob: probability that an example joins a step, in (0, 1].
-    num_steps: planned number of releases, an integer >= 0.
+    participation: what the sampler says of itself.
+    num_steps: planned number of steps, an integer >= 0.
     delta: probability that the bound fails, in (0, 1).
     accountant: PLD or RDP.
     neighboring_relation: which data sets are neighbours.
   """
 
   noise_multiplier: float
-  sampling_prob: float
+  participation: participation_lib.Participation
   num_steps: int
   delta: float
   accountant: config.Accountant | str = config.Accountant.PLD
@@ -241,7 +262,7 @@ class EpsilonCurve:
     """Checks everything now, so that no step of a run finds an error."""
     checks.non_negative(noise_multiplier=self.noise_multiplier)
     _check(
-      self.sampling_prob,
+      self.participation,
       self.num_steps,
       self.delta,
       self.accountant,
@@ -255,7 +276,7 @@ class EpsilonCurve:
       steps = _round_up(steps, self.num_steps)
     bound = epsilon(
       noise_multiplier=self.noise_multiplier,
-      sampling_prob=self.sampling_prob,
+      participation=self.participation,
       num_steps=steps,
       delta=self.delta,
       accountant=self.accountant,
@@ -270,7 +291,7 @@ class EpsilonCurve:
 
 def check_supported(
   *,
-  sampling_prob: float,
+  participation: participation_lib.Participation,
   accountant: config.Accountant | str,
   neighboring_relation: config.NeighboringRelation | str,
 ) -> None:
@@ -279,32 +300,81 @@ def check_supported(
   relation = _enum(
     config.NeighboringRelation, neighboring_relation=neighboring_relation
   )
-  if (
-    accountant is config.Accountant.RDP
-    and relation is config.NeighboringRelation.REPLACE_ONE
-    and sampling_prob < 1
-  ):
+  reason, remedy = _not_covered(participation, accountant, relation)
+  if reason:
     checks.fail(
-      "an accountant that covers Poisson sampling under REPLACE_ONE",
-      "Use the PLD accountant, or ADD_OR_REMOVE_ONE.",
+      f"an accountant that covers {reason}",
+      remedy,
       accountant=accountant.name,
-      sampling_prob=sampling_prob,
+      neighboring_relation=relation.name,
+      participation=participation,
     )
 
 
+def _not_covered(
+  participation: participation_lib.Participation,
+  accountant: config.Accountant,
+  relation: config.NeighboringRelation,
+) -> tuple[str, str]:
+  """What no accountant covers and what to do; twice "" if it is covered."""
+  is_rdp = accountant is config.Accountant.RDP
+  is_replace = relation is config.NeighboringRelation.REPLACE_ONE
+  match participation.release(1.0):
+    case dp_accounting.GaussianDpEvent():
+      return "", ""
+    case dp_accounting.PoissonSampledDpEvent():
+      if is_rdp and is_replace:
+        return (
+          "Poisson sampling under REPLACE_ONE by RDP",
+          "Use the PLD accountant, or ADD_OR_REMOVE_ONE.",
+        )
+      return "", ""
+    case dp_accounting.TruncatedSubsampledGaussianDpEvent():
+      if is_rdp:
+        return "truncated sampling by RDP", "Use the PLD accountant."
+      return "", ""
+    case participation_lib.BallsInBinsDpEvent():
+      if is_rdp:
+        return "balls-in-bins sampling by RDP", "Use the PLD accountant."
+      if is_replace:
+        return (
+          "balls-in-bins sampling under REPLACE_ONE",
+          "Use ADD_OR_REMOVE_ONE.",
+        )
+      return "", ""
+  return "this sampling", "Use a sampler of ppnet.privacy.sampling."
+
+
+def _participation(
+  sampling_prob: float | None,
+  participation: participation_lib.Participation | None,
+) -> participation_lib.Participation:
+  """What was said of the sampling, in one of two ways."""
+  if (sampling_prob is None) == (participation is None):
+    checks.fail(
+      "exactly one of sampling_prob and participation",
+      "A plain sampling_prob means Poisson sampling.",
+      sampling_prob=sampling_prob,
+      participation=participation,
+    )
+  if participation is not None:
+    return participation
+  assert sampling_prob is not None, "One of the two is given."
+  return participation_lib.Poisson(sampling_prob=float(sampling_prob))
+
+
 def _check(
-  sampling_prob: float,
+  participation: participation_lib.Participation,
   num_steps: int,
   delta: float,
   accountant: config.Accountant | str,
   neighboring_relation: config.NeighboringRelation | str,
 ) -> tuple[config.Accountant, config.NeighboringRelation]:
   """Checks what both public functions share; returns the enum members."""
-  checks.probability(sampling_prob=sampling_prob)
   _check_steps(num_steps=num_steps)
   checks.in_open_unit_interval(delta=delta)
   check_supported(
-    sampling_prob=sampling_prob,
+    participation=participation,
     accountant=accountant,
     neighboring_relation=neighboring_relation,
   )
@@ -342,51 +412,76 @@ def _enum(kind: type[_Member], **values: _Member | str) -> _Member:
 @functools.lru_cache(maxsize=4096)
 def _epsilon(
   noise_multiplier: float,
-  sampling_prob: float,
-  num_steps: int,
+  participation: participation_lib.Participation,
+  num_releases: int,
   delta: float,
   accountant: config.Accountant,
   relation: config.NeighboringRelation,
 ) -> float:
   """Epsilon for checked arguments; a pure function, so remembered."""
+  event, its_relation = _event(noise_multiplier, participation, relation)
   if accountant is config.Accountant.RDP:
     with _quiet_orders():
-      return _rdp_epsilon(noise_multiplier, sampling_prob, num_steps, delta)
-  interval = _interval(noise_multiplier, sampling_prob, num_steps, delta)
-  if sampling_prob == 1:
-    event, its_relation = _event(noise_multiplier, sampling_prob, relation)
-    composed = pld.PLDAccountant(its_relation, interval)
-    return float(composed.compose(event, num_steps).get_epsilon(delta))
-  one_step = _one_step(noise_multiplier, sampling_prob, relation, interval)
-  return float(one_step.self_compose(num_steps).get_epsilon_for_delta(delta))
+      return _rdp_epsilon(event, num_releases, delta)
+  interval = _interval(noise_multiplier, participation, num_releases, delta)
+  if isinstance(event, dp_accounting.GaussianDpEvent):
+    return _gaussian_epsilon(event, num_releases, delta, interval)
+  tail_mass = 10.0 ** math.floor(math.log10(1e-3 * delta / num_releases))
+  one = _one_release(event, its_relation, interval, tail_mass)
+  spent = float(one.self_compose(num_releases).get_epsilon_for_delta(delta))
+  if isinstance(event, participation_lib.BallsInBinsDpEvent):
+    # Whichever bin an example falls into, it is in one. With little noise the
+    # grid of `bins` is coarse, and this bound the better one.
+    known = dp_accounting.GaussianDpEvent(event.noise_multiplier)
+    interval = _unsampled_interval(noise_multiplier, num_releases, delta)
+    spent = min(spent, _gaussian_epsilon(known, num_releases, delta, interval))
+  return spent
 
 
 @functools.lru_cache(maxsize=4)
-def _one_step(
-  noise_multiplier: float,
-  sampling_prob: float,
-  relation: config.NeighboringRelation,
+def _one_release(
+  event: dp_accounting.DpEvent,
+  relation: dp_accounting.NeighboringRelation,
   interval: float,
+  tail_mass: float,
 ) -> pld.privacy_loss_distribution.PrivacyLossDistribution:
   """The privacy loss of one sampled release, remembered.
 
   What `PLDAccountant.compose` would build anew for every number of steps; it
   takes most of the time, and a curve over steps asks for dozens of them.
   """
-  event, its_relation = _event(noise_multiplier, sampling_prob, relation)
-  assert isinstance(event, dp_accounting.PoissonSampledDpEvent)
-  assert isinstance(event.event, dp_accounting.GaussianDpEvent)
-  return pld.privacy_loss_distribution.from_gaussian_mechanism(
-    standard_deviation=event.event.noise_multiplier,
-    value_discretization_interval=interval,
-    sampling_prob=sampling_prob,
-    neighboring_relation=its_relation,
-  )
+  distribution = pld.privacy_loss_distribution
+  match event:
+    case dp_accounting.PoissonSampledDpEvent(event=gaussian):
+      assert isinstance(gaussian, dp_accounting.GaussianDpEvent)
+      return distribution.from_gaussian_mechanism(
+        standard_deviation=gaussian.noise_multiplier,
+        value_discretization_interval=interval,
+        sampling_prob=event.sampling_probability,
+        neighboring_relation=relation,
+      )
+    case dp_accounting.TruncatedSubsampledGaussianDpEvent():
+      return distribution.from_truncated_subsampled_gaussian_mechanism(
+        dataset_size=event.dataset_size,
+        sampling_probability=event.sampling_probability,
+        truncated_batch_size=event.truncated_batch_size,
+        noise_multiplier=event.noise_multiplier,
+        value_discretization_interval=interval,
+        neighboring_relation=relation,
+      )
+    case participation_lib.BallsInBinsDpEvent():
+      return bins.cycle_loss(
+        noise_multiplier=event.noise_multiplier,
+        num_bins=event.num_bins,
+        interval=interval,
+        tail_mass=tail_mass,
+      )
+  raise AssertionError(f"check_supported lets no {event!r} through.")
 
 
 def _event(
   noise_multiplier: float,
-  sampling_prob: float,
+  participation: participation_lib.Participation,
   relation: config.NeighboringRelation,
 ) -> tuple[dp_accounting.DpEvent, dp_accounting.NeighboringRelation]:
   """One release, in the terms of `dp_accounting`.
@@ -396,37 +491,47 @@ def _event(
   over the sensitivity, 2C under replace-one: hence the factor 2.
   """
   add_or_remove = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
-  if sampling_prob == 1:
-    # Without sampling only noise over sensitivity matters: one event for both.
-    return dp_accounting.GaussianDpEvent(noise_multiplier), add_or_remove
+  event = participation.release(noise_multiplier)
   if relation is config.NeighboringRelation.ADD_OR_REMOVE_ONE:
-    gaussian = dp_accounting.GaussianDpEvent(noise_multiplier)
-    its_relation = add_or_remove
-  else:
-    gaussian = dp_accounting.GaussianDpEvent(2 * noise_multiplier)
-    its_relation = dp_accounting.NeighboringRelation.REPLACE_ONE
+    return event, add_or_remove
+  if isinstance(event, dp_accounting.GaussianDpEvent):
+    # Without sampling only noise over sensitivity matters: one event for both.
+    return event, add_or_remove
   return (
-    dp_accounting.PoissonSampledDpEvent(sampling_prob, gaussian),
-    its_relation,
+    participation.release(2 * noise_multiplier),
+    dp_accounting.NeighboringRelation.REPLACE_ONE,
   )
+
+
+def _gaussian_epsilon(
+  event: dp_accounting.GaussianDpEvent,
+  num_releases: int,
+  delta: float,
+  interval: float,
+) -> float:
+  """Epsilon of Gaussian releases without sampling, by PLD."""
+  composed = pld.PLDAccountant(
+    dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE, interval
+  )
+  return float(composed.compose(event, num_releases).get_epsilon(delta))
 
 
 def _rdp_epsilon(
-  noise_multiplier: float, sampling_prob: float, num_steps: int, delta: float
+  event: dp_accounting.DpEvent, num_releases: int, delta: float
 ) -> float:
   """Epsilon by Renyi DP. Covers add-or-remove-one, or no sampling at all."""
-  event, relation = _event(
-    noise_multiplier,
-    sampling_prob,
-    config.NeighboringRelation.ADD_OR_REMOVE_ONE,
+  composed = rdp.RdpAccountant(
+    neighboring_relation=dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
   )
-  composed = rdp.RdpAccountant(neighboring_relation=relation)
-  composed.compose(event, num_steps)
+  composed.compose(event, num_releases)
   return float(composed.get_epsilon(delta))
 
 
 def _interval(
-  noise_multiplier: float, sampling_prob: float, num_steps: int, delta: float
+  noise_multiplier: float,
+  participation: participation_lib.Participation,
+  num_releases: int,
+  delta: float,
 ) -> float:
   """Discretisation of the privacy loss: finer than it matters, but bounded.
 
@@ -435,19 +540,51 @@ def _interval(
   costs nothing: at epsilon 13 an interval of 4e-4 moves epsilon by 2e-6 of
   itself, and always upwards.
   """
-  if sampling_prob == 1:  # The composition of Gaussians is one Gaussian.
-    noise_multiplier, num_steps = noise_multiplier / math.sqrt(num_steps), 1
-  # Of one step: exact would be 1 / (2 s^2) + x / s at x deviations.
-  largest_loss = 1 / noise_multiplier**2 + 10 / noise_multiplier
-  # Size of epsilon: without sampling (Bun and Steinke 2016, Proposition 1.3),
-  # and if that is large, with it. Only accuracy depends on this.
-  rho = num_steps / (2 * noise_multiplier**2)
-  scale = rho + 2 * math.sqrt(rho * math.log(1 / delta))
+  event = participation.release(noise_multiplier)
+  if isinstance(event, dp_accounting.GaussianDpEvent):
+    return _unsampled_interval(noise_multiplier, num_releases, delta)
+  if isinstance(event, dp_accounting.TruncatedSubsampledGaussianDpEvent):
+    noise_multiplier /= 2  # A cut batch moves by twice the norm bound.
+  # Size of epsilon: without sampling, and if that is large, with it. Only
+  # accuracy depends on this.
+  scale = _unsampled_scale(noise_multiplier, num_releases, delta)
   if scale > 50:
-    with _quiet_orders():
-      scale = min(
-        scale, _rdp_epsilon(noise_multiplier, sampling_prob, num_steps, delta)
+    like = participation
+    if isinstance(participation, participation_lib.TruncatedPoisson):
+      like = participation_lib.Poisson(
+        sampling_prob=participation.sampling_prob
       )
+    elif isinstance(participation, participation_lib.BallsInBins):
+      like = participation_lib.Poisson(sampling_prob=1 / participation.num_bins)
+      num_releases *= participation.num_bins
+    with _quiet_orders():
+      sampled = like.release(noise_multiplier)
+      scale = min(scale, _rdp_epsilon(sampled, num_releases, delta))
+  return _bounded_interval(noise_multiplier, scale)
+
+
+def _unsampled_interval(
+  noise_multiplier: float, num_releases: int, delta: float
+) -> float:
+  """The same without sampling: the composition is one Gaussian release."""
+  return _bounded_interval(
+    noise_multiplier / math.sqrt(num_releases),
+    _unsampled_scale(noise_multiplier, num_releases, delta),
+  )
+
+
+def _unsampled_scale(
+  noise_multiplier: float, num_releases: int, delta: float
+) -> float:
+  """Epsilon without sampling, about (Bun and Steinke 2016, Prop. 1.3)."""
+  rho = num_releases / (2 * noise_multiplier**2)
+  return rho + 2 * math.sqrt(rho * math.log(1 / delta))
+
+
+def _bounded_interval(noise_multiplier: float, scale: float) -> float:
+  """A power of two times the default, for an epsilon of about `scale`."""
+  # Of one release: exact would be 1 / (2 s^2) + x / s at x deviations.
+  largest_loss = 1 / noise_multiplier**2 + 10 / noise_multiplier
   wanted = max(scale / 50 * _DISCRETIZATION, largest_loss / 2e6)
   doublings = max(0, math.ceil(math.log2(wanted / _DISCRETIZATION)))
   return _DISCRETIZATION * 2**doublings

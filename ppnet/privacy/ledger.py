@@ -55,7 +55,14 @@ class Ledger:
     releases nothing new, so charging step k leaves max(charged, k + 1).
     (Hardware that sums in another order does not repeat bit for bit, but a
     seeded run has no guarantee towards whoever knows the seed in any case.)
-  - One of the two seeded: the repeated step differs, hence new releases.
+  - One of the two seeded: refused where steps would be repeated. The same batch
+    under other noise is not another draw of the sampler, and other batches
+    under the same noise give their difference away without any.
+
+  Where the sampler draws for several steps at once (`steps_per_release`: a
+  cycle of bins, an epoch, a turn of groups), a restart with fresh roots draws
+  the rest of the cycle anew. So the interrupted cycle is charged to its end,
+  and the new one from its beginning.
 
   One process owns the file; on many hosts, the first process charges and the
   others wait for it before they dispatch.
@@ -147,8 +154,9 @@ class Ledger:
       resumed_at_step: step of the checkpoint that the run continues from.
 
     Raises:
-      ValueError: the file is missing or damaged, another mechanism wrote it, or
-        the checkpoint is ahead of it.
+      ValueError: the file is missing or damaged, another mechanism wrote it,
+        the checkpoint is ahead of it, or a run that is seeded by half would
+        repeat steps.
     """
     record = read(path)
     now = records.to_plain(claim)
@@ -165,6 +173,19 @@ class Ledger:
           },
         )
     charged = record["charged_steps"]
+    if charged > resumed_at_step and (
+      record["sampler_seeded"] != record["noise_seeded"]
+    ):
+      checks.fail(
+        "sampler and noise both seeded, or neither, where steps are repeated",
+        "Repeating them would show one batch under two noises, or two batches"
+        " under one, which no accountant covers. Start again in an empty"
+        " --workdir.",
+        sampler_seeded=record["sampler_seeded"],
+        noise_seeded=record["noise_seeded"],
+        charged_steps=charged,
+        resumed_at_step=resumed_at_step,
+      )
     if resumed_at_step > charged:
       checks.fail(
         f"{path} to count the steps of the checkpoint",
@@ -173,6 +194,7 @@ class Ledger:
         charged_steps=charged,
         resumed_at_step=resumed_at_step,
       )
+    charged = _charged_on_restart(record, resumed_at_step)
     ledger = cls(path, record, epsilon_after=epsilon_after)
     ledger._write(charged_steps=charged, restart_at_step=resumed_at_step)
     return ledger
@@ -246,6 +268,20 @@ class Ledger:
       records.write_bytes(previous, self.path.read_bytes())
     records.write_json(self.path, record)
     self._record = record
+
+
+def _charged_on_restart(record: Mapping[str, Any], resumed_at_step: int) -> int:
+  """The count with which a restarted run begins; never below the old one."""
+  charged = record["charged_steps"]
+  if record["sampler_seeded"] and record["noise_seeded"]:
+    return charged  # It goes on in the same cycle, bit for bit.
+  last = record["history"][-1] if record["history"] else {}
+  if last.get("charged_steps") == charged > 0 and (
+    last.get("resumed_at_step") == resumed_at_step
+  ):
+    return charged  # Nothing was released since the last restart.
+  cycle = record.get("steps_per_release", 1)
+  return -(-charged // cycle) * cycle + resumed_at_step % cycle
 
 
 def read(path: pathlib.Path) -> dict[str, Any]:

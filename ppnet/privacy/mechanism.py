@@ -1,9 +1,10 @@
 """The mechanism: sampler, clipping, noise and accountant, from one config.
 
-This is the one file that joins the others of this folder. What trains, charges
-the ledger or prints an epsilon takes it from the `Mechanism`, so that the noise
-that is added, the batches that are drawn and the epsilon that is claimed cannot
-come apart.
+This is the one file that joins the others of this folder (`parts` chooses them
+by the config). What trains, charges the ledger or prints an epsilon takes it
+from the `Mechanism`, so that the noise that is added, the batches that are
+drawn and the epsilon that is claimed cannot come apart: the accountant is told
+what the sampler says of itself, and nothing else.
 """
 
 import dataclasses
@@ -13,13 +14,8 @@ from typing import Any
 import optax
 
 from ppnet import config as config_lib
-from ppnet.core import checks
-from ppnet.privacy import accounting, clipping, noise, sampling
-
-# Domains of `sampling.root_from_seed`; append only. They keep a config that
-# uses one seed for both from using one root for both.
-_SAMPLER_DOMAIN = 1
-_NOISE_DOMAIN = 2
+from ppnet.privacy import accounting, clipping, noise, parts, sampling
+from ppnet.privacy import participation as participation_lib
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +40,7 @@ class Mechanism:
 
   Attributes:
     sampler: draws the indices of each step.
+    sampler_name: what the claim calls it.
     num_steps: planned number of steps.
     expected_batch_size: public divisor of the noisy sum.
     noise_multiplier: noise standard deviation over sensitivity; 0 if no noise
@@ -65,7 +62,8 @@ class Mechanism:
     epsilon_curve: what `epsilon_after` reads.
   """
 
-  sampler: sampling.PoissonSampler | sampling.FullBatchSampler
+  sampler: sampling.Sampler
+  sampler_name: str
   num_steps: int
   expected_batch_size: int
   noise_multiplier: float
@@ -87,8 +85,13 @@ class Mechanism:
 
   @property
   def sampling_prob(self) -> float:
-    """Probability that an example joins a step: that of the sampler."""
+    """Share of all examples that a step sees on average."""
     return self.sampler.sampling_prob
+
+  @property
+  def participation(self) -> participation_lib.Participation:
+    """What the accountant is told of the sampler: by the sampler itself."""
+    return self.sampler.participation
 
   def clipped_grad_fn(
     self,
@@ -149,7 +152,7 @@ class Mechanism:
       return math.inf
     return accounting.epsilon(
       noise_multiplier=self.noise_multiplier,
-      sampling_prob=self.sampling_prob,
+      participation=self.participation,
       num_steps=num_steps,
       delta=self.delta,
       accountant=self.accountant,
@@ -170,7 +173,8 @@ class Mechanism:
       "noise_multiplier": self.noise_multiplier,
       "noise_stddev": self.noise_stddev,
       "sampling_prob": self.sampling_prob,
-      "sampler": _sampler_name(self.sampler),
+      "sampler": self.sampler_name,
+      "steps_per_release": self.participation.steps_per_release,
       "accountant": self.accountant.name,
       "neighboring_relation": self.neighboring_relation.name,
       "unit": self.unit.name,
@@ -198,6 +202,13 @@ class Mechanism:
       ),
       config_lib.NeighboringRelation.REPLACE_ONE: "replacing one",
     }[self.neighboring_relation]
+    place = ""
+    if (
+      self.participation.keeps_place
+      and self.neighboring_relation
+      is config_lib.NeighboringRelation.ADD_OR_REMOVE_ONE
+    ):
+      place = " whose place in the order of examples stays empty"
     seeded = [
       name
       for name, is_seeded in (
@@ -214,7 +225,7 @@ class Mechanism:
     return (
       f"{num_steps} steps are ({self.epsilon(num_steps):.4g},"
       f" {self.delta:.4g})-differentially private with respect to {relation}"
-      f" training {self.unit.value} ({_sampler_name(self.sampler)} sampling,"
+      f" training {self.unit.value}{place} ({self.sampler_name} sampling,"
       f" {self.accountant.name} accountant){caveat}."
     )
 
@@ -249,18 +260,21 @@ def build(
       epsilon is known for them. The message names both sides.
   """
   privacy = config.privacy
-  _check(config, num_examples)
-  sampler = _sampler(config, num_examples, sampler_root)
-  why_not = _why_no_guarantee(privacy)
+  parts.check(config, num_examples)
+  sampler = parts.sampler(config, num_examples, sampler_root)
+  why_not = parts.why_no_guarantee(privacy)
   has_noise = privacy.enabled and privacy.noise
   noise_multiplier = 0.0
   if has_noise:
-    noise_multiplier = _noise_multiplier(config, sampler.sampling_prob)
+    noise_multiplier = parts.noise_multiplier(config, sampler.participation)
   clip = privacy.clipping if privacy.enabled else config_lib.Clipping.NONE
-  bounded = _per_example_sensitivity(privacy) if privacy.enabled else math.inf
+  bounded = (
+    parts.per_example_sensitivity(privacy) if privacy.enabled else math.inf
+  )
   has_bound = clip is config_lib.Clipping.PER_EXAMPLE
   return Mechanism(
     sampler=sampler,
+    sampler_name=privacy.sampler.name,
     num_steps=config.train.num_steps,
     expected_batch_size=config.train.expected_batch_size,
     noise_multiplier=noise_multiplier,
@@ -282,7 +296,7 @@ def build(
     noise_seeded=privacy.noise_seed is not None,
     epsilon_curve=accounting.EpsilonCurve(
       noise_multiplier=noise_multiplier,
-      sampling_prob=sampler.sampling_prob,
+      participation=sampler.participation,
       num_steps=config.train.num_steps,
       delta=float(privacy.delta),
       accountant=privacy.accountant,
@@ -300,151 +314,4 @@ def noise_root_entropy(config: config_lib.ExperimentConfig) -> int:
   seed = config.privacy.noise_seed
   if seed is None:
     return sampling.root_from_entropy()
-  return sampling.root_from_seed(seed, domain=_NOISE_DOMAIN)
-
-
-def _check(config: config_lib.ExperimentConfig, num_examples: int) -> None:
-  """Raises for settings that contradict each other or the data."""
-  privacy = config.privacy
-  checks.positive(num_examples=num_examples)
-  checks.positive(
-    num_steps=config.train.num_steps,
-    expected_batch_size=config.train.expected_batch_size,
-  )
-  if config.train.expected_batch_size > num_examples:
-    checks.fail(
-      "expected_batch_size <= num_examples",
-      f"Use --config.train.expected_batch_size={num_examples} or less.",
-      expected_batch_size=config.train.expected_batch_size,
-      num_examples=num_examples,
-    )
-  if (
-    privacy.sampler is config_lib.Sampler.FULL_BATCH
-    and config.train.expected_batch_size != num_examples
-  ):
-    checks.fail(
-      "expected_batch_size == num_examples for the FULL_BATCH sampler",
-      f"Use --config.train.expected_batch_size={num_examples}, or the POISSON"
-      " sampler.",
-      expected_batch_size=config.train.expected_batch_size,
-      num_examples=num_examples,
-    )
-  if not privacy.enabled:
-    return
-  if privacy.unit is not config_lib.PrivacyUnit.EXAMPLE:
-    checks.fail(
-      "privacy.unit EXAMPLE",
-      "Clipping per user is not supported yet: without it the claim would"
-      " cover one example of a user, not the user.",
-      unit=privacy.unit.name,
-    )
-  checks.positive(l2_clip_norm=privacy.l2_clip_norm)
-  checks.in_open_unit_interval(delta=privacy.delta)
-  if privacy.delta * num_examples >= 1 and not privacy.allow_large_delta:
-    checks.fail(
-      f"delta < 1/num_examples = {1 / num_examples:.3g}",
-      "Publishing one random example whole would satisfy such a delta. Lower"
-      " --config.privacy.delta, or set --config.privacy.allow_large_delta.",
-      delta=privacy.delta,
-      num_examples=num_examples,
-    )
-  if privacy.noise and (privacy.epsilon is None) == (
-    privacy.noise_multiplier is None
-  ):
-    checks.fail(
-      "exactly one of privacy.epsilon and privacy.noise_multiplier",
-      "Set the other to None.",
-      epsilon=privacy.epsilon,
-      noise_multiplier=privacy.noise_multiplier,
-    )
-
-
-def _sampler(
-  config: config_lib.ExperimentConfig,
-  num_examples: int,
-  sampler_root: int | None,
-) -> sampling.PoissonSampler | sampling.FullBatchSampler:
-  """The sampler that the config names."""
-  match config.privacy.sampler:
-    case config_lib.Sampler.FULL_BATCH:
-      return sampling.FullBatchSampler(num_examples=num_examples)
-    case config_lib.Sampler.POISSON:
-      seed = config.privacy.sampler_seed
-      if sampler_root is None:
-        sampler_root = (
-          sampling.root_from_entropy()
-          if seed is None
-          else sampling.root_from_seed(seed, domain=_SAMPLER_DOMAIN)
-        )
-      return sampling.PoissonSampler(
-        num_examples=num_examples,
-        sampling_prob=config.train.expected_batch_size / num_examples,
-        root=sampler_root,
-      )
-  checks.fail(
-    "a sampler that the accountant covers", sampler=config.privacy.sampler
-  )
-
-
-def _sampler_name(
-  sampler: sampling.PoissonSampler | sampling.FullBatchSampler,
-) -> str:
-  """The config's name of a sampler."""
-  if isinstance(sampler, sampling.FullBatchSampler):
-    return config_lib.Sampler.FULL_BATCH.name
-  return config_lib.Sampler.POISSON.name
-
-
-def _noise_multiplier(
-  config: config_lib.ExperimentConfig, sampling_prob: float
-) -> float:
-  """The given noise multiplier, or the one that reaches the target."""
-  privacy = config.privacy
-  if privacy.noise_multiplier is not None:
-    checks.non_negative(noise_multiplier=privacy.noise_multiplier)
-    accounting.check_supported(
-      sampling_prob=sampling_prob,
-      accountant=privacy.accountant,
-      neighboring_relation=privacy.neighboring_relation,
-    )
-    return float(privacy.noise_multiplier)
-  assert privacy.epsilon is not None, "_check wants exactly one of the two."
-  return accounting.calibrate_noise_multiplier(
-    epsilon=float(privacy.epsilon),
-    delta=float(privacy.delta),
-    sampling_prob=sampling_prob,
-    num_steps=config.train.num_steps,
-    accountant=privacy.accountant,
-    neighboring_relation=privacy.neighboring_relation,
-  )
-
-
-def _per_example_sensitivity(privacy: config_lib.PrivacyConfig) -> float:
-  """Sensitivity of the per-example clipped sum, from the callable itself."""
-  return clipping.clipped_grad(
-    _no_loss, l2_clip_norm=float(privacy.l2_clip_norm)
-  ).sensitivity(privacy.neighboring_relation)
-
-
-def _no_loss(params: Any, batch: Any) -> Any:
-  """Stands in where only the sensitivity is asked for."""
-  del params, batch  # Never called.
-  raise NotImplementedError("This function is never called.")
-
-
-def _why_no_guarantee(privacy: config_lib.PrivacyConfig) -> str:
-  """Why there is no guarantee; empty if there is one."""
-  reasons = []
-  if not privacy.enabled:
-    return "privacy is off, gradients are neither clipped nor noised"
-  if privacy.clipping is config_lib.Clipping.NONE:
-    reasons.append("gradients are not clipped")
-  if privacy.clipping is config_lib.Clipping.BATCH:
-    reasons.append(
-      "the batch gradient is clipped, which bounds no example's influence"
-    )
-  if not privacy.noise:
-    reasons.append("no noise is added")
-  elif privacy.noise_multiplier == 0:
-    reasons.append("the noise multiplier is 0")
-  return "; ".join(reasons)
+  return sampling.root_from_seed(seed, domain=parts.NOISE_DOMAIN)

@@ -11,7 +11,7 @@ from dp_accounting import pld, rdp
 from scipy import integrate, special, stats
 
 from ppnet import config
-from ppnet.privacy import accounting
+from ppnet.privacy import accounting, participation
 
 _REPLACE = config.NeighboringRelation.REPLACE_ONE
 _TUTORIALS = [  # (batch size, noise multiplier, epochs, epsilon as published)
@@ -100,6 +100,15 @@ def test_epsilon_is_below_published_rows(
     )
     for accountant in ("pld", "rdp")
   }
+  direct = rdp.RdpAccountant().compose(
+    dp_accounting.PoissonSampledDpEvent(
+      sampling_prob, dp_accounting.GaussianDpEvent(noise_multiplier)
+    ),
+    steps,
+  )
+  np.testing.assert_allclose(
+    by_accountant["rdp"], direct.get_epsilon(1e-5), rtol=1e-9
+  )
   assert classic == pytest.approx(published, rel=0.01)
   assert by_accountant["pld"] < by_accountant["rdp"] < classic
   assert by_accountant["pld"] > 0.65 * published
@@ -282,7 +291,13 @@ def test_curve_never_under_reports(num_steps):
     "delta": 1e-5,
     "accountant": "rdp",  # Quick; the curve does not look at it.
   }
-  curve = accounting.EpsilonCurve(num_steps=num_steps, **arguments)
+  sampling_prob = arguments.pop("sampling_prob")
+  curve = accounting.EpsilonCurve(
+    num_steps=num_steps,
+    participation=participation.Poisson(sampling_prob=sampling_prob),
+    **arguments,
+  )
+  arguments["sampling_prob"] = sampling_prob
   exact = lambda steps: accounting.epsilon(num_steps=steps, **arguments)
   counts = sorted({0, 1, num_steps // 3, num_steps - 1, num_steps})
   bounds = [curve(steps) for steps in counts]
@@ -305,7 +320,10 @@ def test_curve_computes_each_point_once_and_late(monkeypatch):
     accounting, "_epsilon", lambda *args: calls.append(args[2]) or 1.0
   )
   curve = accounting.EpsilonCurve(
-    noise_multiplier=1.0, sampling_prob=0.1, num_steps=6400, delta=1e-5
+    noise_multiplier=1.0,
+    participation=participation.Poisson(sampling_prob=0.1),
+    num_steps=6400,
+    delta=1e-5,
   )
   assert not calls
   curve(1)
@@ -315,5 +333,8 @@ def test_curve_computes_each_point_once_and_late(monkeypatch):
 def test_curve_checks_before_the_run():
   with pytest.raises(ValueError, match="delta"):
     accounting.EpsilonCurve(
-      noise_multiplier=1.0, sampling_prob=0.1, num_steps=10, delta=2.0
+      noise_multiplier=1.0,
+      participation=participation.Poisson(sampling_prob=0.1),
+      num_steps=10,
+      delta=2.0,
     )

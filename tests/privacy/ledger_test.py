@@ -81,15 +81,12 @@ def test_record_holds_the_claim_and_the_history(tmp_path):
   assert all(entry["time"].endswith("+00:00") for entry in record["history"])
 
 
-@pytest.mark.parametrize(
-  ("sampler_seeded", "noise_seeded", "expected"),
-  [(False, False, 9), (True, False, 9), (False, True, 9), (True, True, 6)],
-)
-def test_repeated_steps_are_new_releases_unless_both_are_seeded(
-  tmp_path, sampler_seeded, noise_seeded, expected
+@pytest.mark.parametrize(("seeded", "expected"), [(False, 9), (True, 6)])
+def test_repeated_steps_are_new_releases_unless_seeded(
+  tmp_path, seeded, expected
 ):
   path = tmp_path / "privacy.json"
-  seeds = {"sampler_seeded": sampler_seeded, "noise_seeded": noise_seeded}
+  seeds = {"sampler_seeded": seeded, "noise_seeded": seeded}
   book = _create(path, **seeds)
   for step in range(5):
     book.charge(step)
@@ -99,6 +96,44 @@ def test_repeated_steps_are_new_releases_unless_both_are_seeded(
     book.charge(step)
   assert book.charged_steps == ledger.read(path)["charged_steps"] == expected
   # Fails if: steps repeated with fresh noise are not charged again.
+
+
+@pytest.mark.parametrize("which", ["sampler_seeded", "noise_seeded"])
+def test_same_batch_or_same_noise_is_not_reused(tmp_path, which):
+  path = tmp_path / "privacy.json"
+  book = _create(path, **{which: True})
+  for step in range(5):
+    book.charge(step)
+  before = path.read_bytes()
+  with pytest.raises(ValueError, match="one batch under two noises"):
+    _load(path, resumed_at_step=4, **{which: True})
+  assert path.read_bytes() == before
+  assert _load(path, resumed_at_step=5, **{which: True}).charged_steps == 5
+  # Fails if: two releases of one Poisson draw are charged as two draws.
+
+
+@pytest.mark.parametrize(
+  ("resumed_at_step", "expected"), [(4, 8), (6, 10), (7, 11)]
+)
+def test_restart_inside_a_cycle_is_charged_to_its_ends(
+  tmp_path, resumed_at_step, expected
+):
+  path = tmp_path / "privacy.json"
+  book = _create(path, steps_per_release=4)
+  for step in range(7):
+    book.charge(step)
+  book = _load(path, resumed_at_step=resumed_at_step, steps_per_release=4)
+  assert book.charged_steps == expected  # 8 for the cut cycle; then its start.
+  again = _load(path, resumed_at_step=resumed_at_step, steps_per_release=4)
+  assert again.charged_steps == expected  # No step came in between.
+  seeds = {"sampler_seeded": True, "noise_seeded": True}
+  other = tmp_path / "seeded.json"
+  book = _create(other, steps_per_release=4, **seeds)
+  for step in range(7):
+    book.charge(step)
+  book = _load(other, resumed_at_step=6, steps_per_release=4, **seeds)
+  assert book.charged_steps == 7
+  # Fails if: an example that falls into two bins of one cycle is charged once.
 
 
 def test_budget_stops_the_run_before_writing(tmp_path):

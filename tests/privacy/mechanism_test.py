@@ -175,6 +175,78 @@ def test_full_batch_sampler_needs_the_whole_set():
   # Fails if: a full batch is accounted for as if it were sampled.
 
 
+_OTHER_SAMPLERS = [
+  ({"sampler": config_lib.Sampler.TRUNCATED_POISSON, "max_batch_size": 99}, 1),
+  ({"sampler": config_lib.Sampler.BALLS_IN_BINS}, 10),
+  ({"sampler": config_lib.Sampler.SHUFFLE}, 10),
+]
+
+
+@pytest.mark.parametrize(("changes", "cycle"), _OTHER_SAMPLERS)
+def test_every_sampler_is_accounted_for_as_what_it_is(changes, cycle):
+  built = _build(epsilon=4.0, accountant=config_lib.Accountant.PLD, **changes)
+  assert built.participation == built.sampler.participation
+  assert built.epsilon_curve.participation == built.sampler.participation
+  spent = accounting.epsilon(
+    noise_multiplier=built.noise_stddev / built.sensitivity,
+    participation=built.sampler.participation,
+    num_steps=40,
+    delta=1e-5,
+  )
+  assert built.epsilon(40) == built.epsilon_after(40) == spent
+  assert 0.995 * 4.0 <= spent <= 4.0
+  poisson = accounting.epsilon(
+    noise_multiplier=built.noise_multiplier,
+    sampling_prob=0.1,
+    num_steps=40,
+    delta=1e-5,
+  )
+  assert abs(poisson / spent - 1) > 0.01
+  claim = built.claim()
+  assert claim["sampler"] == changes["sampler"].name
+  assert claim["steps_per_release"] == cycle
+  assert f"({claim['sampler']} sampling" in claim["guarantee"]
+  sizes = [len(built.sampler.draw(step)) for step in range(30)]
+  assert 75 < np.mean(sizes) < 105
+  assert max(sizes) <= changes.get("max_batch_size", 900)
+  # Fails if: one sampler draws and another one is accounted for.
+
+
+def test_fixed_batches_say_what_adding_and_removing_means():
+  for relation, words in (
+    (
+      config_lib.NeighboringRelation.ADD_OR_REMOVE_ONE,
+      "adding or removing one training example whose place in the order of"
+      " examples stays empty (SHUFFLE",
+    ),
+    (
+      config_lib.NeighboringRelation.REPLACE_ONE,
+      "replacing one training example (SHUFFLE",
+    ),
+  ):
+    built = _build(
+      sampler=config_lib.Sampler.SHUFFLE, neighboring_relation=relation
+    )
+    assert words in built.claim()["guarantee"]
+  assert "stays empty" not in _build().claim()["guarantee"]
+  # Fails if: a fixed batch size is claimed to hide how many there are.
+
+
+@pytest.mark.parametrize(
+  "sampler",
+  [config_lib.Sampler.TRUNCATED_POISSON, config_lib.Sampler.BALLS_IN_BINS],
+)
+def test_sampler_without_an_accountant_is_refused(sampler):
+  size = 99 if sampler is config_lib.Sampler.TRUNCATED_POISSON else None
+  for changes in (
+    {},
+    {"epsilon": None, "noise_multiplier": 1.0},
+  ):  # RDP covers neither.
+    with pytest.raises(ValueError, match="by RDP.*Use the PLD accountant"):
+      _build(sampler=sampler, max_batch_size=size, **changes)
+  # Fails if: the accountant of Poisson sampling stands in.
+
+
 def test_roots_come_from_entropy_unless_seeded():
   assert _build().sampler.root != _build().sampler.root
   one, other = _build(sampler_seed=4), _build(sampler_seed=4)
@@ -220,7 +292,7 @@ def test_noise_root_is_fresh_unless_seeded_and_unlike_the_sampler_root():
       "REPLACE_ONE.*Use the PLD accountant",
     ),
     ({"sampler_seed": -1}, "seed >= 0"),
-    ({"sampler": "shuffle"}, "a sampler that the accountant covers"),
+    ({"sampler": "shuffle"}, "a sampler that an accountant covers"),
   ],
 )
 def test_bad_settings_are_named(changes, message):

@@ -1,12 +1,14 @@
 """Tests of the samplers against the distribution that is accounted for."""
 
+import dataclasses
 import tracemalloc
 
+import dp_accounting
 import numpy as np
 import pytest
 from scipy import stats
 
-from ppnet.privacy import sampling
+from ppnet.privacy import participation, sampling
 
 _ROOT = 0x0123456789ABCDEF0123456789ABCDEF
 
@@ -171,3 +173,205 @@ def test_bad_step_and_seed_are_named():
     _sampler().draw(-1)
   with pytest.raises(ValueError, match="seed"):
     sampling.root_from_seed(-1, domain=0)
+
+
+# The other samplers: what each promises, and that it does not keep another's.
+
+
+def _samplers(root=_ROOT, num_examples=120):
+  common = {"num_examples": num_examples, "root": root}
+  return {
+    "poisson": sampling.PoissonSampler(sampling_prob=0.1, **common),
+    "truncated": sampling.TruncatedPoissonSampler(
+      sampling_prob=0.1, max_batch_size=13, **common
+    ),
+    "bins": sampling.BallsInBinsSampler(num_bins=10, **common),
+    "shuffle": sampling.ShuffleSampler(batch_size=11, **common),
+    "cyclic": sampling.CyclicPoissonSampler(
+      group_sampling_prob=0.4, num_groups=4, **common
+    ),
+  }
+
+
+_NAMES = list(_samplers())
+
+
+@pytest.mark.parametrize("name", _NAMES)
+def test_every_draw_is_pure_sorted_and_distinct(name):
+  sampler = _samplers()[name]
+  assert isinstance(sampler, sampling.Sampler)
+  assert str(_ROOT) not in repr(sampler)
+  draws = [sampler.draw(step) for step in range(40)]
+  for step in (39, 0, 17, 16, 39):  # In any order, as after a restart.
+    np.testing.assert_array_equal(draws[step], _samplers()[name].draw(step))
+  for draw in draws:
+    assert draw.dtype == np.int64
+    assert np.all(np.diff(draw) > 0)
+    assert draw.size == 0 or (draw[0] >= 0 and draw[-1] < 120)
+  other = _samplers(root=_ROOT ^ (1 << 127))[name]
+  assert any(
+    not np.array_equal(draw, other.draw(step))
+    for step, draw in enumerate(draws)
+  )
+  with pytest.raises(ValueError, match="step"):
+    sampler.draw(-1)
+  with pytest.raises(ValueError, match="root"):
+    _samplers(root=-1)
+  # Fails if: a draw depends on the draws before it.
+
+
+@pytest.mark.parametrize("name", _NAMES)
+def test_share_of_examples_is_sampling_prob(name):
+  sampler = _samplers()[name]
+  rows = _inclusion(sampler, 4000)
+  expected = sampler.sampling_prob
+  if name == "truncated":
+    sizes = stats.binom(120, 0.1)
+    kept = np.minimum(np.arange(121), 13) @ sizes.pmf(np.arange(121))
+    expected = kept / 120
+  np.testing.assert_allclose(rows.mean(), expected, rtol=0.02)
+  counts = rows.sum(axis=0)
+  spread = np.sqrt(4000 * expected)
+  assert np.abs(counts - 4000 * expected).max() < 4.5 * spread
+  # Fails if: some example is drawn more often than the others.
+
+
+def test_truncated_sizes_are_cut_and_are_not_poisson():
+  sampler = _samplers()["truncated"]
+  sizes = np.array([len(sampler.draw(step)) for step in range(2000)])
+  assert sizes.max() == 13
+  binomial = stats.binom(120, 0.1)
+  expected = binomial.sf(12)  # 13 or more are drawn.
+  assert abs(np.mean(sizes == 13) - expected) < 4 * np.sqrt(expected / 2000)
+  below = np.mean(sizes < 12)
+  assert abs(below - binomial.cdf(11)) < 4 * np.sqrt(0.25 / 2000)
+  assert _size_p_value(sizes, 120, 0.1) < 1e-6
+  assert isinstance(sampler.participation, participation.TruncatedPoisson)
+  # Fails if: a truncated draw calls itself a Poisson draw.
+
+
+def test_truncation_that_cannot_happen_is_poisson():
+  sampler = sampling.TruncatedPoissonSampler(
+    num_examples=50, sampling_prob=0.2, max_batch_size=50, root=_ROOT
+  )
+  poisson = _sampler(num_examples=50, sampling_prob=0.2)
+  np.testing.assert_array_equal(sampler.draw(3), poisson.draw(3))
+  assert sampler.participation == poisson.participation
+
+
+def test_bins_hold_everybody_once_a_cycle_and_are_drawn_anew():
+  sampler = _samplers()["bins"]
+  rows = _inclusion(sampler, 3000).reshape(300, 10, 120)
+  np.testing.assert_array_equal(rows.sum(axis=1), 1)
+  chosen = rows.argmax(axis=1)  # [cycle, example]
+  uniform = stats.chisquare(np.bincount(chosen.ravel(), minlength=10))
+  assert uniform.pvalue > 0.01
+  # Independent of the cycle before, and of the next example: each pair of bins
+  # meets with probability 1/10.
+  for pairs in (chosen[1:] == chosen[:-1], chosen[:, 1:] == chosen[:, :-1]):
+    assert abs(pairs.mean() - 0.1) < 5 * np.sqrt(0.09 / pairs.size)
+  sizes = rows.sum(axis=2).ravel()
+  assert len(np.unique(sizes)) > 10  # Not a shuffle: sizes vary.
+  # Fails if: the bins of one cycle are used for the next.
+
+
+def test_shuffle_keeps_sizes_and_epochs():
+  sampler = _samplers()["shuffle"]
+  assert sampler.steps_per_epoch == 10  # 110 of 120 are seen in an epoch.
+  rows = _inclusion(sampler, 500)
+  np.testing.assert_array_equal(rows.sum(axis=1), 11)
+  per_epoch = rows.reshape(50, 10, 120).sum(axis=1)
+  assert per_epoch.max() == 1
+  assert set(per_epoch.sum(axis=1)) == {110}
+  assert len({epoch.tobytes() for epoch in rows.reshape(50, 10, 120)}) == 50
+  seen = per_epoch.sum(axis=0)
+  assert seen.max() <= sampler.participation.num_releases(500) == 50
+  # Fails if: an example is in two steps of an epoch.
+
+
+def test_shuffle_does_not_call_itself_poisson():
+  sampler = _samplers()["shuffle"]
+  sizes = np.array([len(sampler.draw(step)) for step in range(500)])
+  assert _size_p_value(sizes, 120, 11 / 120) < 1e-6
+  event = sampler.participation.dp_event(1.0, 25)
+  assert event == dp_accounting.SelfComposedDpEvent(
+    dp_accounting.GaussianDpEvent(1.0), 3
+  )
+  # Fails if: amplification is claimed for shuffling.
+
+
+def test_cyclic_draws_are_poisson_within_the_group_whose_turn_it_is():
+  sampler = _samplers()["cyclic"]
+  draws = [sampler.draw(step) for step in range(4000)]
+  for step, draw in enumerate(draws):
+    assert np.all(draw % 4 == step % 4)
+  for group in range(4):
+    sizes = np.array([len(draw) for draw in draws[group::4]])
+    assert _size_p_value(sizes, 30, 0.4) > 0.001
+  overlap = np.mean(
+    [len(np.intersect1d(a, b)) for a, b in zip(draws, draws[4:], strict=False)]
+  )
+  assert abs(overlap - 30 * 0.4**2) < 0.15
+  # Fails if: an example is drawn in another group's turn.
+
+
+def test_groups_of_unequal_size_miss_nobody():
+  sampler = sampling.CyclicPoissonSampler(
+    num_examples=11, group_sampling_prob=1.0, num_groups=4, root=_ROOT
+  )
+  turn = np.concatenate([sampler.draw(step) for step in range(4)])
+  np.testing.assert_array_equal(np.sort(turn), np.arange(11))
+  assert [len(sampler.draw(step)) for step in range(4)] == [3, 3, 3, 2]
+
+
+@pytest.mark.parametrize(
+  "sampler",
+  [
+    sampling.TruncatedPoissonSampler(
+      num_examples=10**9, sampling_prob=1e-6, max_batch_size=900, root=_ROOT
+    ),
+    sampling.CyclicPoissonSampler(
+      num_examples=10**9, group_sampling_prob=1e-5, num_groups=10, root=_ROOT
+    ),
+  ],
+)
+def test_sampled_batches_need_memory_for_the_batch_alone(sampler):
+  sampler.draw(0)
+  tracemalloc.start()
+  try:
+    indices = sampler.draw(1)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+  finally:
+    tracemalloc.stop()
+  assert 800 < len(indices) < 1200
+  assert peak_bytes < 1_000_000
+
+
+@pytest.mark.parametrize(
+  ("kind", "bad"),
+  [
+    (sampling.TruncatedPoissonSampler, {"max_batch_size": 0}),
+    (sampling.TruncatedPoissonSampler, {"sampling_prob": 0.0}),
+    (sampling.BallsInBinsSampler, {"num_bins": 0}),
+    (sampling.ShuffleSampler, {"batch_size": 0}),
+    (sampling.ShuffleSampler, {"batch_size": 31}),
+    (sampling.CyclicPoissonSampler, {"group_sampling_prob": 1.5}),
+    (sampling.CyclicPoissonSampler, {"num_groups": 0}),
+  ],
+)
+def test_bad_field_of_other_samplers_is_named(kind, bad):
+  good = {
+    "max_batch_size": 3,
+    "sampling_prob": 0.5,
+    "num_bins": 3,
+    "batch_size": 3,
+    "group_sampling_prob": 0.5,
+    "num_groups": 3,
+  }
+  fields = {
+    field.name: good[field.name]
+    for field in dataclasses.fields(kind)
+    if field.name in good
+  }
+  with pytest.raises(ValueError, match=next(iter(bad))):
+    kind(num_examples=30, root=_ROOT, **(fields | bad))

@@ -1,0 +1,187 @@
+"""From the configuration to the parts of the mechanism, each by itself.
+
+What `privacy.mechanism.build` puts together, and the refusals that come before:
+settings that contradict each other or the data. It chooses; what it chooses is
+accounted for in `accounting`, drawn in `sampling` and clipped in `clipping`.
+"""
+
+from typing import Any
+
+from ppnet import config as config_lib
+from ppnet.core import checks
+from ppnet.privacy import accounting, clipping, sampling
+from ppnet.privacy import participation as participation_lib
+
+# Domains of `sampling.root_from_seed`; append only. They keep a config that
+# uses one seed for both from using one root for both.
+_SAMPLER_DOMAIN = 1
+NOISE_DOMAIN = 2
+
+
+def check(config: config_lib.ExperimentConfig, num_examples: int) -> None:
+  """Raises for settings that contradict each other or the data."""
+  privacy = config.privacy
+  checks.positive(num_examples=num_examples)
+  checks.positive(
+    num_steps=config.train.num_steps,
+    expected_batch_size=config.train.expected_batch_size,
+  )
+  if config.train.expected_batch_size > num_examples:
+    checks.fail(
+      "expected_batch_size <= num_examples",
+      f"Use --config.train.expected_batch_size={num_examples} or less.",
+      expected_batch_size=config.train.expected_batch_size,
+      num_examples=num_examples,
+    )
+  if (
+    privacy.sampler is config_lib.Sampler.FULL_BATCH
+    and config.train.expected_batch_size != num_examples
+  ):
+    checks.fail(
+      "expected_batch_size == num_examples for the FULL_BATCH sampler",
+      f"Use --config.train.expected_batch_size={num_examples}, or the POISSON"
+      " sampler.",
+      expected_batch_size=config.train.expected_batch_size,
+      num_examples=num_examples,
+    )
+  if (privacy.sampler is config_lib.Sampler.TRUNCATED_POISSON) != (
+    privacy.max_batch_size is not None
+  ):
+    checks.fail(
+      "max_batch_size with the TRUNCATED_POISSON sampler, and with no other",
+      sampler=privacy.sampler,
+      max_batch_size=privacy.max_batch_size,
+    )
+  if not privacy.enabled:
+    return
+  if privacy.unit is not config_lib.PrivacyUnit.EXAMPLE:
+    checks.fail(
+      "privacy.unit EXAMPLE",
+      "Clipping per user is not supported yet: without it the claim would"
+      " cover one example of a user, not the user.",
+      unit=privacy.unit.name,
+    )
+  checks.positive(l2_clip_norm=privacy.l2_clip_norm)
+  checks.in_open_unit_interval(delta=privacy.delta)
+  if privacy.delta * num_examples >= 1 and not privacy.allow_large_delta:
+    checks.fail(
+      f"delta < 1/num_examples = {1 / num_examples:.3g}",
+      "Publishing one random example whole would satisfy such a delta. Lower"
+      " --config.privacy.delta, or set --config.privacy.allow_large_delta.",
+      delta=privacy.delta,
+      num_examples=num_examples,
+    )
+  if privacy.noise and (privacy.epsilon is None) == (
+    privacy.noise_multiplier is None
+  ):
+    checks.fail(
+      "exactly one of privacy.epsilon and privacy.noise_multiplier",
+      "Set the other to None.",
+      epsilon=privacy.epsilon,
+      noise_multiplier=privacy.noise_multiplier,
+    )
+
+
+def sampler(
+  config: config_lib.ExperimentConfig,
+  num_examples: int,
+  sampler_root: int | None,
+) -> sampling.Sampler:
+  """The sampler that the config names.
+
+  Args:
+    config: the experiment.
+    num_examples: size of the training set.
+    sampler_root: None takes the seed of the config, or else entropy.
+  """
+  privacy, batch_size = config.privacy, config.train.expected_batch_size
+  if privacy.sampler is config_lib.Sampler.FULL_BATCH:
+    return sampling.FullBatchSampler(num_examples=num_examples)
+  if sampler_root is None:
+    sampler_root = (
+      sampling.root_from_entropy()
+      if privacy.sampler_seed is None
+      else sampling.root_from_seed(privacy.sampler_seed, domain=_SAMPLER_DOMAIN)
+    )
+  match privacy.sampler:
+    case config_lib.Sampler.POISSON:
+      return sampling.PoissonSampler(
+        num_examples=num_examples,
+        sampling_prob=batch_size / num_examples,
+        root=sampler_root,
+      )
+    case config_lib.Sampler.TRUNCATED_POISSON:
+      assert privacy.max_batch_size is not None, "check wants one."
+      return sampling.TruncatedPoissonSampler(
+        num_examples=num_examples,
+        sampling_prob=batch_size / num_examples,
+        max_batch_size=privacy.max_batch_size,
+        root=sampler_root,
+      )
+    case config_lib.Sampler.BALLS_IN_BINS:
+      return sampling.BallsInBinsSampler(
+        num_examples=num_examples,
+        num_bins=max(round(num_examples / batch_size), 1),
+        root=sampler_root,
+      )
+    case config_lib.Sampler.SHUFFLE:
+      return sampling.ShuffleSampler(
+        num_examples=num_examples, batch_size=batch_size, root=sampler_root
+      )
+  checks.fail("a sampler that an accountant covers", sampler=privacy.sampler)
+
+
+def noise_multiplier(
+  config: config_lib.ExperimentConfig,
+  participation: participation_lib.Participation,
+) -> float:
+  """The given noise multiplier, or the one that reaches the target."""
+  privacy = config.privacy
+  if privacy.noise_multiplier is not None:
+    checks.non_negative(noise_multiplier=privacy.noise_multiplier)
+    accounting.check_supported(
+      participation=participation,
+      accountant=privacy.accountant,
+      neighboring_relation=privacy.neighboring_relation,
+    )
+    return float(privacy.noise_multiplier)
+  assert privacy.epsilon is not None, "check wants exactly one of the two."
+  return accounting.calibrate_noise_multiplier(
+    epsilon=float(privacy.epsilon),
+    delta=float(privacy.delta),
+    participation=participation,
+    num_steps=config.train.num_steps,
+    accountant=privacy.accountant,
+    neighboring_relation=privacy.neighboring_relation,
+  )
+
+
+def per_example_sensitivity(privacy: config_lib.PrivacyConfig) -> float:
+  """Sensitivity of the per-example clipped sum, from the callable itself."""
+  return clipping.clipped_grad(
+    _no_loss, l2_clip_norm=float(privacy.l2_clip_norm)
+  ).sensitivity(privacy.neighboring_relation)
+
+
+def _no_loss(params: Any, batch: Any) -> Any:
+  """Stands in where only the sensitivity is asked for."""
+  del params, batch  # Never called.
+  raise NotImplementedError("This function is never called.")
+
+
+def why_no_guarantee(privacy: config_lib.PrivacyConfig) -> str:
+  """Why there is no guarantee; empty if there is one."""
+  reasons = []
+  if not privacy.enabled:
+    return "privacy is off, gradients are neither clipped nor noised"
+  if privacy.clipping is config_lib.Clipping.NONE:
+    reasons.append("gradients are not clipped")
+  if privacy.clipping is config_lib.Clipping.BATCH:
+    reasons.append(
+      "the batch gradient is clipped, which bounds no example's influence"
+    )
+  if not privacy.noise:
+    reasons.append("no noise is added")
+  elif privacy.noise_multiplier == 0:
+    reasons.append("the noise multiplier is 0")
+  return "; ".join(reasons)
