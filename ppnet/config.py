@@ -429,6 +429,18 @@ class PerfConfig:
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
+class AccountConfig:
+  """What an ACCOUNT job is asked; no other job reads it.
+
+  Attributes:
+    num_examples: size of the training set; None takes it from the prepared
+      data.
+  """
+
+  num_examples: int | None = None
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
 class ExperimentConfig:
   """One experiment.
 
@@ -445,6 +457,7 @@ class ExperimentConfig:
     train: see `TrainConfig`.
     mesh: see `MeshConfig`.
     perf: see `PerfConfig`.
+    account: see `AccountConfig`.
   """
 
   name: str = "experiment"
@@ -462,6 +475,7 @@ class ExperimentConfig:
   train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
   perf: PerfConfig = dataclasses.field(default_factory=PerfConfig)
+  account: AccountConfig = dataclasses.field(default_factory=AccountConfig)
 
 
 def num_audio_frames(audio: AudioConfig) -> int:
@@ -496,9 +510,15 @@ def validate(config: ExperimentConfig) -> None:
     ValueError: names the field, its value, what was expected and what to do.
   """
   _validate_privacy(config.privacy)
+  _validate_account(config.account)
   _validate_data(config)
   _validate_model(config)
   _validate_training(config)
+
+
+def _validate_account(account: AccountConfig) -> None:
+  if account.num_examples is not None:
+    checks.positive(**{"account.num_examples": account.num_examples})
 
 
 def _validate_privacy(privacy: PrivacyConfig) -> None:

@@ -5,9 +5,11 @@ r"""Runs one job, or a sweep of jobs, from one config file.
       --config.privacy.epsilon=1 --config.seed=3
   python -m ppnet.main --config=configs/quickstart.py \
       --sweep="privacy.epsilon=1,2,4,8;seed=0,1,2" --sweep_shard=0/2
+  python -m ppnet.main --config=configs/quickstart.py --config.job=ACCOUNT
 
 Any field of the configuration is a flag (--config.FIELD=VALUE); "none" unsets
-an optional one. A run that was killed goes on where it was when the same
+an optional one. ACCOUNT answers what the privacy budget of a config is, without
+training. A run that was killed goes on where it was when the same
 command is given again.
 """
 
@@ -18,6 +20,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import tqdm
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -26,7 +29,8 @@ from ppnet import config_args, sweep
 from ppnet.audit import run as audit
 from ppnet.core import checks, records, workdirs
 from ppnet.data import prepare
-from ppnet.privacy import ledger
+from ppnet.privacy import budget, ledger
+from ppnet.report import budget as budget_figures
 from ppnet.report import figures, tables
 from ppnet.train import loop
 
@@ -109,7 +113,30 @@ def prepare_data(
   )
 
 
+def account(config: config_lib.ExperimentConfig, workdir: pathlib.Path) -> None:
+  """Answers what the budget is, without training; writes `account.json`."""
+  num_examples = config.account.num_examples
+  if num_examples is None:
+    folder = loop.prepared_dir(config, workdir)
+    num_examples = prepare.prepare(config.data, folder).num_train
+  found = budget.budget(
+    config,
+    num_examples,
+    progress=lambda tasks, total: tqdm.tqdm(
+      tasks, total=total, desc="accounting", leave=False, delay=2
+    ),
+  )
+  records.write_json(workdir / "account.json", found)
+  # Read back: the table and the figure show what the record says.
+  found = records.read_json(workdir / "account.json")
+  print(tables.budget_table(found))
+  print(f"\nrecord: {workdir / 'account.json'}")
+  if found["accountants"]:
+    print(f"figure: {budget_figures.budget_figure(workdir, found)}")
+
+
 _JOBS = {
+  config_lib.Job.ACCOUNT: account,
   config_lib.Job.TRAIN: train,
   config_lib.Job.EVALUATE: evaluate,
   config_lib.Job.PREPARE: prepare_data,

@@ -227,3 +227,18 @@ def test_jobs_that_are_not_there_yet_say_so(job, tmp_path):
   with pytest.raises(ValueError, match=f"{job.name} is planned"):
     main.run_job(config, tmp_path / "w")
   assert not (tmp_path / "w").exists()
+
+
+def test_account_answers_without_training_or_data(tmp_path, capsys):
+  config = tiny.experiment(accountant=config_lib.Accountant.RDP)
+  config.job = config_lib.Job.ACCOUNT
+  config.account.num_examples = 5000
+  main.run_job(config, tmp_path)
+  record = records.read_json(tmp_path / "account.json")
+  assert record["num_examples"] == 5000
+  assert record["sampling_prob"] == 24 / 5000
+  assert 0.995 <= record["epsilon"] <= 1.0
+  assert "| steps " in capsys.readouterr().out
+  assert (tmp_path / "figures" / "budget.png").exists()
+  assert not (tmp_path / "prepared").exists()
+  assert not (tmp_path / "privacy.json").exists()  # Nothing is bound by it.

@@ -307,7 +307,6 @@ def check_supported(
       remedy,
       accountant=accountant.name,
       neighboring_relation=relation.name,
-      participation=participation,
     )
 
 
@@ -426,7 +425,9 @@ def _epsilon(
   interval = _interval(noise_multiplier, participation, num_releases, delta)
   if isinstance(event, dp_accounting.GaussianDpEvent):
     return _gaussian_epsilon(event, num_releases, delta, interval)
-  tail_mass = 10.0 ** math.floor(math.log10(1e-3 * delta / num_releases))
+  tail_mass = 0.0  # Of `bins` alone; fixed, so that others are remembered.
+  if isinstance(event, participation_lib.BallsInBinsDpEvent):
+    tail_mass = 10.0 ** math.floor(math.log10(1e-3 * delta / num_releases))
   one = _one_release(event, its_relation, interval, tail_mass)
   spent = float(one.self_compose(num_releases).get_epsilon_for_delta(delta))
   if isinstance(event, participation_lib.BallsInBinsDpEvent):

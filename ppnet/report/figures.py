@@ -22,9 +22,9 @@ from ppnet.report import tables
 
 # Okabe and Ito 2008 (https://jfly.uni-koeln.de/color/): told apart by people
 # with any colour vision. Line styles differ as well, for print in grey.
-_BLACK = "#000000"
-_BLUE = "#0072B2"
-_ORANGE = "#D55E00"
+BLACK = "#000000"
+BLUE = "#0072B2"
+ORANGE = "#D55E00"
 _GREEN = "#009E73"
 _SKY = "#56B4E9"
 _GREY = "#666666"
@@ -284,7 +284,7 @@ def _draw_loss(ax: axes.Axes, data: TrainingData) -> None:
   _line(
     ax,
     means.get(_LOSS + "total", _EMPTY),
-    color=_BLACK,
+    color=BLACK,
     linewidth=2.2,
     label="train, epoch mean",
   )
@@ -298,7 +298,7 @@ def _draw_loss(ax: axes.Axes, data: TrainingData) -> None:
   _line(
     ax,
     test,
-    color=_ORANGE,
+    color=ORANGE,
     linestyle="-.",
     marker="o",
     markersize=4,
@@ -312,8 +312,8 @@ def _draw_terms(ax: axes.Axes, data: TrainingData) -> None:
   """The loss terms of the mechanisms, which have a scale of their own."""
   ax.set_title(f"Terms of the mechanisms {_MARK}")
   terms = (
-    ("dp_perturbation", "DP noise ⟨z, θ⟩", _BLUE, "-"),
-    ("attention_consistency", "attention consistency (KL)", _ORANGE, "--"),
+    ("dp_perturbation", "DP noise ⟨z, θ⟩", BLUE, "-"),
+    ("attention_consistency", "attention consistency (KL)", ORANGE, "--"),
   )
   # A mechanism that is off is recorded as exactly zero.
   present = [
@@ -346,8 +346,8 @@ def _draw_scores(ax: axes.Axes, data: TrainingData) -> None:
   ax.set_title("Scores on the test split")
   drawn = False
   for name, label, color, style, marker in (
-    ("accuracy", "accuracy", _BLUE, "-", "o"),
-    ("f1", "macro F1", _ORANGE, "--", "s"),
+    ("accuracy", "accuracy", BLUE, "-", "o"),
+    ("f1", "macro F1", ORANGE, "--", "s"),
   ):
     series = data.test.get(name, _EMPTY)
     if series.is_empty:
@@ -397,7 +397,7 @@ def _draw_privacy(ax: axes.Axes, data: TrainingData) -> None:
   if math.isfinite(budget):
     ax.axhline(
       budget,
-      color=_BLACK,
+      color=BLACK,
       linestyle="--",
       linewidth=1.2,
       label=f"budget ε = {tables.format_epsilon(budget)}",
@@ -424,13 +424,13 @@ def _draw_norms(ax: axes.Axes, data: TrainingData) -> None:
       ax.vlines(steps, bottom, top, linewidth=8, **style)
     else:
       ax.fill_between(steps, bottom, top, linewidth=0, **style)
-  _line(ax, middle, color=_BLUE, linewidth=1.4, label="median")
+  _line(ax, middle, color=BLUE, linewidth=1.4, label="median")
   clip = tables.to_float(data.privacy.get("l2_clip_norm"))
   is_clipped = not data.get("nonprivate/clipped_fraction").is_empty
   if is_clipped and clip > 0:
     ax.axhline(
       clip,
-      color=_BLACK,
+      color=BLACK,
       linestyle="--",
       linewidth=1.2,
       label=f"clip norm C = {clip:g}",
@@ -456,7 +456,7 @@ def _draw_clipping(ax: axes.Axes, data: TrainingData) -> None:
   _line(
     ax,
     data.epoch_means.get(name, _EMPTY),
-    color=_BLACK,
+    color=BLACK,
     linewidth=2.2,
     label="epoch mean",
   )

@@ -21,6 +21,7 @@ import math
 import pathlib
 import textwrap
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ppnet.core import checks, records
 
@@ -233,6 +234,146 @@ def sweep_table(
   if "epsilon" in columns and any(row.get("seeded") for row in rows):
     lines += textwrap.wrap(SEEDED_NOTE, _WIDTH, subsequent_indent="  ")
   return "\n".join(lines)
+
+
+def budget_table(budget: Mapping[str, Any]) -> str:
+  """Lays out `account.json` as Markdown that is aligned for a terminal as well.
+
+  Args:
+    budget: the record of an ACCOUNT job. A pair that no accountant covers is a
+      dash, and the reason stands below its table.
+
+  Returns:
+    Headings and tables, without a newline at the end.
+  """
+  relation = format_relation(budget["neighboring_relation"])
+  sections = [f"# Privacy budget of {budget['name']}", _budget_facts(budget)]
+  if not budget["accountants"]:
+    return "\n\n".join([*sections, str(budget["guarantee"])])
+  by_accountant = {
+    name: [row for row in budget["accountants"] if row["accountant"] == name]
+    for name in dict.fromkeys(r["accountant"] for r in budget["accountants"])
+  }
+  relations = [
+    format_relation(row["neighboring_relation"])
+    for row in next(iter(by_accountant.values()))
+  ]
+  samplers = [
+    row["sampler"]
+    + (f" (at most {row['max_batch_size']:,})" if row["max_batch_size"] else "")
+    for row in budget["samplers"]
+  ]
+  sections += [
+    "## ε of this noise, by accountant and by what neighbours are",
+    markdown_table(
+      ["accountant", *relations],
+      [
+        [name, *(format_value("epsilon", row["epsilon"]) for row in rows)]
+        for name, rows in by_accountant.items()
+      ],
+    ),
+    *_reasons(budget["accountants"], "accountant", "neighboring_relation"),
+    f"## ε over the run ({budget['accountant']}, {relation})",
+    markdown_table(
+      ["steps", "ε"],
+      [
+        [f"{row['num_steps']:,}", format_value("epsilon", row["epsilon"])]
+        for row in budget["over_steps"]
+      ],
+    ),
+    f"## Noise multiplier for another ε after {budget['num_steps']:,} steps",
+    markdown_table(
+      ["ε", "noise multiplier"],
+      [
+        [f"{row['epsilon']:g}", _rounded_up(row["noise_multiplier"])]
+        for row in budget["needed"]
+      ],
+    ),
+    *_reasons(budget["needed"], "epsilon"),
+    "## ε of this noise with other samplers",
+    markdown_table(
+      ["sampler", "ε"],
+      [
+        [name, format_value("epsilon", row["epsilon"])]
+        for name, row in zip(samplers, budget["samplers"], strict=True)
+      ],
+    ),
+    *_reasons(budget["samplers"], "sampler"),
+    "\n".join(textwrap.wrap(f"Guarantee: {budget['guarantee']}", _WIDTH)),
+  ]
+  return "\n\n".join(sections)
+
+
+def _budget_facts(budget: Mapping[str, Any]) -> str:
+  """What the budget is of."""
+  facts = [
+    ("training examples (N, public)", f"{budget['num_examples']:,}"),
+    ("expected batch size", f"{budget['expected_batch_size']:,}"),
+    ("sampler", str(budget["sampler"])),
+    ("share of N in a batch", f"{budget['sampling_prob']:.6g}"),
+    ("steps", f"{budget['num_steps']:,}"),
+    ("epochs", f"{budget['epochs']:.4g}"),
+    ("δ", format_delta(to_float(budget["delta"]))),
+    ("noise multiplier", f"{budget['noise_multiplier']:.5g}"),
+    ("noise standard deviation", f"{budget['noise_stddev']:.5g}"),
+    ("clip norm C", f"{budget['l2_clip_norm']:g}"),
+    ("ε asked for", format_value("epsilon", budget["epsilon_budget"])),
+    ("ε", format_value("epsilon", budget["epsilon"])),
+  ]
+  return markdown_table(["quantity", "value"], [list(fact) for fact in facts])
+
+
+def _rounded_up(noise_multiplier: float | None) -> str:
+  """More noise than needed, never less."""
+  if noise_multiplier is None:
+    return HOLE
+  return f"{math.ceil(noise_multiplier * 1e4 - 1e-9) / 1e4:.4f}"
+
+
+def _reasons(rows: Sequence[Mapping[str, Any]], *names: str) -> list[str]:
+  """Why there are dashes, one line for each; nothing without a dash."""
+  lines = [
+    "\n".join(
+      textwrap.wrap(
+        f"{HOLE} "
+        + ", ".join(
+          format_relation(row[name])
+          if name == "neighboring_relation"
+          else str(row[name])
+          for name in names
+        )
+        + f": {row['why_not']}",
+        _WIDTH,
+        subsequent_indent="  ",
+      )
+    )
+    for row in rows
+    if row["why_not"]
+  ]
+  return ["\n".join(lines)] if lines else []
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+  """A Markdown table with padded columns: words left, the others right.
+
+  >>> print(markdown_table(["sampler", "ε"], [["POISSON", "3.00"]]))
+  | sampler |    ε |
+  | ------- | ---: |
+  | POISSON | 3.00 |
+  """
+  lines = [list(header), *(list(row) for row in rows)]
+  widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
+
+  def join(cells: Sequence[str]) -> str:
+    padded = [cells[0].ljust(widths[0])] + [
+      cell.rjust(width)
+      for cell, width in zip(cells[1:], widths[1:], strict=True)
+    ]
+    return f"| {' | '.join(padded)} |"
+
+  widths[1:] = [max(width, 4) for width in widths[1:]]
+  rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+  return "\n".join([join(lines[0]), join(rule), *map(join, lines[1:])])
 
 
 def write_csv(
