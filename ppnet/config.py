@@ -62,6 +62,27 @@ class Clipping(enum.Enum):
   NONE = "none"  # Ablation. No guarantee.
 
 
+class ClipRule(enum.Enum):
+  """How a gradient g of one privacy unit becomes its contribution."""
+
+  CLIP = "clip"  # g min(1, C / |g|)
+  NORMALIZE = "normalize"  # g C / (|g| + stabilizer), "automatic clipping".
+
+
+class ClipScope(enum.Enum):
+  """What one norm is taken over."""
+
+  FLAT = "flat"  # All parameters: one bound C.
+  PER_LAYER = "per_layer"  # Each layer's each parameter: a bound of its own.
+
+
+class UnitReduction(enum.Enum):
+  """How the gradients of a unit's rows become the gradient of the unit."""
+
+  SUM = "sum"  # Of a user's records.
+  MEAN = "mean"  # Over the views of one record.
+
+
 class Engine(enum.Enum):
   """How the clipped sum is computed. Every engine gives the same sum."""
 

@@ -1,4 +1,4 @@
-"""Per-example clipped gradient sums: what bounds the sensitivity.
+"""Clipped gradient sums over privacy units: what bounds the sensitivity.
 
 >>> import jax.numpy as jnp
 >>> def loss_fn(params, batch):  # [B]
@@ -23,30 +23,10 @@ import jax.numpy as jnp
 
 from ppnet import config
 from ppnet.core import checks
-from ppnet.privacy import ghost, taps
+from ppnet.privacy import clip_rules, ghost, taps, unit_rows
 
 PyTree = Any
 LossFn = Callable[..., Any]  # (params, batch, ops=PLAIN) -> losses.
-
-# What is added is scaled to C * (1 - slack), so that roundings cannot lift its
-# norm above C. In units of u = 2^-24 = 6.0e-8, relative to the norm: rounding
-# C, the square root, the quotient and two products cost at most 6; a sum of
-# squares whose additions nest to depth d costs d / 2, and whoever checks the
-# norm in float32 makes the same error again. XLA reduces in trees and in lanes,
-# so d is some tens for any tensor (5 * 10^7 equal entries on a CPU: the norm
-# was off by 2 u); 1e-5 is 168 u, which leaves room for d = 160. It costs 1e-5
-# of the signal.
-_SLACK = 1e-5
-
-# A second sum of squares, of gradients times 2^-80, takes over where the first
-# overflows: the largest float32 squared is then 8e28, so a billion entries fit.
-_SHRINK = ghost.SHRINK
-_LARGE_SQUARED_NORM = 1e30
-
-# Squares of entries that matter to the norm neither overflow nor underflow for
-# clip norms in this range, up to 10^10 parameters.
-_MIN_CLIP_NORM = 1e-10
-_MAX_CLIP_NORM = 1e15
 
 
 @functools.partial(
@@ -58,16 +38,18 @@ _MAX_CLIP_NORM = 1e15
 class ClippedGrad:
   """Result of a gradient callable of this module. All of it is private.
 
+  U units, B = U rows_per_unit rows; they are the same where a unit is a row.
+
   Attributes:
-    grad_sum: sum over examples, float32, in the structure of the parameters.
-    grad_norms: f32[B], l2 norm of each example's gradient before clipping; 0
-      for padding and for non-finite gradients, at most the largest float32.
-      None from `unprotected_grad`, which never sees an example's gradient.
-    losses: f32[B], each example's loss as computed; 0 for padding.
+    grad_sum: sum over units, float32, in the structure of the parameters.
+    grad_norms: f32[U], l2 norm of each unit's gradient before clipping; 0 for
+      padding and for non-finite gradients, at most the largest float32. None
+      from `unprotected_grad`, which never sees a unit's gradient.
+    losses: f32[B], each row's loss as computed; 0 for padding.
     aux: what the loss function returned beside the losses, leaves [B, ...],
       zero for padding; None without.
-    is_nonfinite: bool[B], examples (not padding) with a NaN or infinite
-      gradient or loss.
+    is_nonfinite: bool[U], units with a NaN or infinite gradient, or such a loss
+      in a row that is not padding.
   """
 
   grad_sum: PyTree
@@ -86,15 +68,19 @@ class GradFn(Protocol):
     params: PyTree,
     batch: PyTree,
     is_padding_example: jax.Array | None = None,
+    *,
+    scale: jax.Array | None = None,
   ) -> ClippedGrad:
-    """Returns the sum of gradients and the per-example diagnostics.
+    """Returns the sum of gradients and the diagnostics of each unit.
 
     Args:
       params: pytree of floating-point arrays.
       batch: pytree whose leaves have the leading axis B; typed PRNG keys [B]
         are such leaves.
-      is_padding_example: bool[B], True for rows that stand for no example;
-        None means that all rows are examples.
+      is_padding_example: bool[B], True for rows that stand for nothing; None
+        means that there are none.
+      scale: f32[], what every unit's gradient is divided by before it is
+        clipped; the sensitivity stays what it is. None is 1.
     """
 
   def sensitivity(
@@ -106,28 +92,42 @@ class GradFn(Protocol):
 def clipped_grad(
   loss_fn: LossFn,
   *,
-  l2_clip_norm: float,
+  l2_clip_norm: float | PyTree,
   engine: config.Engine | str = config.Engine.VMAP,
   microbatch_size: int | None = None,
   has_aux: bool = False,
+  rows_per_unit: int = 1,
+  unit_reduction: config.UnitReduction = config.UnitReduction.SUM,
+  clip_rule: config.ClipRule = config.ClipRule.CLIP,
+  clip_scope: config.ClipScope = config.ClipScope.FLAT,
+  stabilizer: float = 0.01,
 ) -> GradFn:
-  """Returns a callable for the sum of clipped per-example gradients.
+  """Returns a callable for the sum of clipped gradients of privacy units.
 
-  The gradient g of each example is replaced by g * min(1, C / |g|), the norm
-  taken over the whole tree in float32 (Abadi et al. 2016,
-  https://arxiv.org/abs/1607.00133, Algorithm 1).
+  The gradient g of each unit is replaced by g * min(1, C / |g|), the norm taken
+  over the whole tree in float32 (Abadi et al. 2016,
+  https://arxiv.org/abs/1607.00133, Algorithm 1). `privacy.clip_rules` has the
+  other rules, and bounds for each layer.
 
-  *Formal guarantee.* Adding or removing one example moves `grad_sum` by at most
-  C = `l2_clip_norm` in l2 norm, replacing one by at most 2C, whatever the data,
-  the parameters and the loss function (up to the float32 rounding of the sum
-  over examples, about 1e-7 of its norm). The VMAP engine calls `loss_fn` on
-  batches of one example, so no example can enter another one's gradient, as
-  long as the function closes over no private data. GHOST and BOOKKEEPING call
-  it on whole microbatches: there the guarantee needs a loss function that does
-  not couple examples (no batch statistics), which `check_examples_are_apart`
-  tests on a batch. Randomness belongs in the batch, one key per example. Only
-  `grad_sum` has bounded sensitivity; the norms, losses and aux are diagnostics,
-  and private.
+  *Units.* A unit is one row of the batch, or `rows_per_unit` rows side by side:
+  row i belongs to unit i // rows_per_unit. Its gradient is the sum of its rows'
+  gradients (SUM: a user's records) or their mean (MEAN: views of one record, De
+  et al. 2022, https://arxiv.org/abs/2204.13650, Section 3.2); the mean is over
+  rows that are not padding. That gradient is clipped, once.
+
+  *Formal guarantee.* Adding or removing one unit moves `grad_sum` by at most C
+  in l2 norm, replacing one by at most 2C, whatever the data, the parameters and
+  the loss function (up to the float32 rounding of the sum over units, about
+  1e-7 of its norm). C is `l2_clip_norm`, or the root of the sum of its squares
+  where it holds a bound for each layer. A unit may have any number of rows up
+  to `rows_per_unit`, whatever they are: the others are padding. The VMAP engine
+  calls `loss_fn` on the rows of one unit, so no unit can enter another one's
+  gradient, as long as the function closes over no private data. GHOST and
+  BOOKKEEPING call it on whole microbatches: there the guarantee needs a loss
+  function that does not couple rows (no batch statistics), which
+  `check_examples_are_apart` tests on a batch. Randomness belongs in the batch,
+  one key per row. Only `grad_sum` has bounded sensitivity; the norms, losses
+  and aux are diagnostics, and private.
 
   *Operations.* GHOST and BOOKKEEPING call `loss_fn(params, batch, ops=ops)`
   with an `ops` of their own, and the function must touch its parameters through
@@ -138,51 +138,71 @@ def clipped_grad(
 
   | engine | backward passes | extra memory | for |
   | --- | --- | --- | --- |
-  | VMAP | 1 | all examples' gradients | any loss function |
+  | VMAP | 1 | all units' gradients | any loss function |
   | GHOST | 2, or 1 if no weight is used once | none for those | float32 |
   | BOOKKEEPING | 1 | inputs and cotangents, or small gradients | any dtype |
 
   | edge case | contribution |
   | --- | --- |
-  | gradient of norm 0, or up to C(1 - 1e-5) | itself, unchanged |
+  | gradient of norm 0, or up to C(1 - 1e-5) | itself, unchanged (CLIP) |
   | huge finite gradient, its norm beyond float32 too | clipped to C |
   | any NaN or infinity in gradient or loss | exactly zero, and reported |
-  | padding, whatever its content | exactly zero |
+  | such a row beside good ones of its unit | the whole unit is zero |
+  | a padding row, whatever its content | exactly zero; its unit stays |
+  | a unit of nothing but padding | exactly zero |
   | float16 or bfloat16 parameters | clipped and summed in float32 |
   | B = 0 | a sum of zeros |
   | clip norm 0, infinite, NaN, or outside [1e-10, 1e15] | `ValueError` |
+  | a traced scale outside [1e-10 / C, 1e15 / C] | taken as the nearer end |
+
+  A unit with a bad row is dropped whole: engines see the sum over its rows, and
+  the rows that are left were not what the loss was asked for.
 
   Args:
     loss_fn: `loss_fn(params, batch, ops=PLAIN) -> losses f32[B]`, or
       `(losses, aux)` with leaves [B, ...] if `has_aux`. VMAP does without
       `ops`.
-    l2_clip_norm: C, in [1e-10, 1e15].
+    l2_clip_norm: C, in [1e-10, 1e15]; under PER_LAYER also a pytree of bounds,
+      see `clip_rules.ClipRule`.
     engine: how the sum is computed; all give the same sum.
-    microbatch_size: examples whose gradients are held at once; None means all.
-      It changes memory and speed, not the result.
+    microbatch_size: units whose gradients are held at once; None means all. It
+      changes memory and speed, not the result.
     has_aux: whether `loss_fn` returns aux.
+    rows_per_unit: rows of a unit.
+    unit_reduction: SUM or MEAN over a unit's rows.
+    clip_rule: CLIP or NORMALIZE.
+    clip_scope: FLAT, one norm over all parameters, or PER_LAYER. A number
+      `l2_clip_norm` is then split evenly over the leaves.
+    stabilizer: gamma of NORMALIZE, in [1e-9, 1e15].
 
   Returns:
-    A callable `(params, batch, is_padding_example=None) -> ClippedGrad` with a
-    method `sensitivity(neighboring_relation)`.
+    A callable `(params, batch, is_padding_example=None, *, scale=None) ->
+    ClippedGrad` with a method `sensitivity(neighboring_relation)`.
 
   Raises:
     ValueError: an argument out of range, an unknown engine, a loss function
       without `ops` for an engine that hands it some, or (when called) one whose
-      losses do not have the shape [B] or whose parameters go elsewhere.
+      losses do not have the shape [B] or whose parameters go elsewhere, a batch
+      that is not made of whole units, or a scale under NORMALIZE, which has no
+      use for one.
   """
-  _check_clip_norm(l2_clip_norm)
   engine = _parse_engine(engine)
   if engine is not config.Engine.VMAP:
     _check_takes_ops(loss_fn)
-  engine_fn = _ENGINES[engine]
-  _check_microbatch_size(microbatch_size)
-  return _PerExampleGrad(
-    sum_fn=functools.partial(
-      engine_fn, loss_fn, l2_clip_norm=l2_clip_norm, has_aux=has_aux
+  rule = clip_rules.ClipRule(
+    bounds=l2_clip_norm,
+    rule=clip_rule,
+    scope=clip_scope,
+    stabilizer=stabilizer,
+  )
+  return _PerUnitGrad(
+    sum_fn=functools.partial(_ENGINES[engine], loss_fn, has_aux=has_aux),
+    rule=rule,
+    rows=unit_rows.Rows(
+      per_unit=rows_per_unit,
+      reduction=unit_reduction,
+      microbatch_size=microbatch_size,
     ),
-    l2_clip_norm=l2_clip_norm,
-    microbatch_size=microbatch_size,
   )
 
 
@@ -193,6 +213,8 @@ def unprotected_grad(
   l2_clip_norm: float,
   microbatch_size: int | None = None,
   has_aux: bool = False,
+  rows_per_unit: int = 1,
+  unit_reduction: config.UnitReduction = config.UnitReduction.SUM,
 ) -> GradFn:
   """Returns the ablations of `clipped_grad`: the same outputs, no guarantee.
 
@@ -205,9 +227,10 @@ def unprotected_grad(
 
   | edge case | result |
   | --- | --- |
-  | a non-finite example | in the sum, and reported in `is_nonfinite` |
+  | a non-finite row | in the sum, and its unit reported in `is_nonfinite` |
   | padding, whatever its content | exactly zero |
-  | `grad_norms` | None: no example's gradient is ever formed |
+  | `grad_norms` | None: no unit's gradient is ever formed |
+  | `scale` | `ValueError`: there is no bound to be in units of |
 
   Args:
     loss_fn: as for `clipped_grad`. It sees whole microbatches, so an example
@@ -216,6 +239,8 @@ def unprotected_grad(
     l2_clip_norm: bound on the mean gradient under BATCH.
     microbatch_size: as for `clipped_grad`.
     has_aux: whether `loss_fn` returns aux.
+    rows_per_unit: as for `clipped_grad`.
+    unit_reduction: as for `clipped_grad`.
 
   Returns:
     A callable like that of `clipped_grad`.
@@ -223,8 +248,7 @@ def unprotected_grad(
   Raises:
     ValueError: an argument out of range, or `Clipping.PER_EXAMPLE`.
   """
-  _check_clip_norm(l2_clip_norm)
-  _check_microbatch_size(microbatch_size)
+  clip_rules.check_clip_norm(l2_clip_norm)
   if clipping not in (config.Clipping.NONE, config.Clipping.BATCH):
     checks.fail(
       "clipping to be NONE or BATCH",
@@ -234,7 +258,11 @@ def unprotected_grad(
   return _UnprotectedGrad(
     sum_fn=functools.partial(_batch_sum, loss_fn, has_aux=has_aux),
     clip_norm=l2_clip_norm if clipping is config.Clipping.BATCH else None,
-    microbatch_size=microbatch_size,
+    rows=unit_rows.Rows(
+      per_unit=rows_per_unit,
+      reduction=unit_reduction,
+      microbatch_size=microbatch_size,
+    ),
   )
 
 
@@ -282,7 +310,8 @@ def clip_batch_mean(
 
   Args:
     grad_sum: sum of gradients over the batch, float32 leaves.
-    num_examples: number of real examples in the sum, a scalar; 0 is allowed.
+    num_examples: number of units in the sum that are not padding, a scalar; 0
+      is allowed.
     l2_clip_norm: bound on the l2 norm of the mean.
   """
   count = jnp.maximum(num_examples, 1).astype(jnp.float32)
@@ -292,65 +321,80 @@ def clip_batch_mean(
   return jax.tree.map(lambda leaf: leaf * scale, mean)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _PerExampleGrad:
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class _PerUnitGrad:
   """The callable that `clipped_grad` returns."""
 
-  sum_fn: Callable[[PyTree, PyTree, jax.Array], ClippedGrad]
-  l2_clip_norm: float
-  microbatch_size: int | None
+  sum_fn: Callable[..., ClippedGrad]
+  rule: clip_rules.ClipRule
+  rows: unit_rows.Rows
 
   def __call__(
     self,
     params: PyTree,
     batch: PyTree,
     is_padding_example: jax.Array | None = None,
+    *,
+    scale: jax.Array | None = None,
   ) -> ClippedGrad:
     """See `GradFn`."""
-    padding = _padding_mask(batch, is_padding_example)
+    padding = _padding_mask(batch, is_padding_example, self.rows)
+    if scale is not None:
+      if self.rule.rule is not config.ClipRule.CLIP:
+        checks.fail(
+          "no scale unless clip_rule is CLIP",
+          "Normalised gradients all have the same norm.",
+          clip_rule=self.rule.rule.name,
+        )
+      scale = jnp.clip(
+        jnp.asarray(scale, jnp.float32),
+        clip_rules.MIN_CLIP_NORM / self.rule.total,
+        clip_rules.MAX_CLIP_NORM / self.rule.total,
+      )
     return _in_microbatches(
-      self.sum_fn, params, batch, padding, self.microbatch_size
+      functools.partial(
+        self.sum_fn, rule=self.rule, rows=self.rows, scale=scale
+      ),
+      params,
+      batch,
+      padding,
+      self.rows,
     )
 
   def sensitivity(
     self, neighboring_relation: config.NeighboringRelation
   ) -> float:
-    """C under ADD_OR_REMOVE_ONE, 2C under REPLACE_ONE."""
-    match neighboring_relation:
-      case config.NeighboringRelation.ADD_OR_REMOVE_ONE:
-        return self.l2_clip_norm
-      case config.NeighboringRelation.REPLACE_ONE:
-        return 2 * self.l2_clip_norm
-    checks.fail(
-      "neighboring_relation to be a config.NeighboringRelation",
-      neighboring_relation=neighboring_relation,
-    )
+    """See `clip_rules.ClipRule.sensitivity`."""
+    return self.rule.sensitivity(neighboring_relation)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _UnprotectedGrad:
   """The callable that `unprotected_grad` returns."""
 
-  sum_fn: Callable[[PyTree, PyTree, jax.Array], ClippedGrad]
+  sum_fn: Callable[..., ClippedGrad]
   clip_norm: float | None
-  microbatch_size: int | None
+  rows: unit_rows.Rows
 
   def __call__(
     self,
     params: PyTree,
     batch: PyTree,
     is_padding_example: jax.Array | None = None,
+    *,
+    scale: jax.Array | None = None,
   ) -> ClippedGrad:
     """See `GradFn`."""
-    padding = _padding_mask(batch, is_padding_example)
-    result = _in_microbatches(
-      self.sum_fn, params, batch, padding, self.microbatch_size
-    )
+    if scale is not None:
+      checks.fail("no scale where nothing is clipped", scale=scale)
+    padding = _padding_mask(batch, is_padding_example, self.rows)
+    sum_fn = functools.partial(self.sum_fn, rows=self.rows)
+    result = _in_microbatches(sum_fn, params, batch, padding, self.rows)
     if self.clip_norm is None:
       return result
     clipped = clip_batch_mean(
       result.grad_sum,
-      num_examples=jnp.sum(~padding),
+      num_examples=jnp.sum(~self.rows.unit_padding(padding)),
       l2_clip_norm=self.clip_norm,
     )
     return dataclasses.replace(result, grad_sum=clipped)
@@ -358,7 +402,7 @@ class _UnprotectedGrad:
   def sensitivity(
     self, neighboring_relation: config.NeighboringRelation
   ) -> float:
-    """Infinite: one example moves the sum without bound."""
+    """Infinite: one unit moves the sum without bound."""
     del neighboring_relation  # It makes no difference.
     return math.inf
 
@@ -369,44 +413,65 @@ def _vmap_engine(
   batch: PyTree,
   padding: jax.Array,
   *,
-  l2_clip_norm: float,
+  rule: clip_rules.ClipRule,
+  rows: unit_rows.Rows,
+  scale: jax.Array | None,
   has_aux: bool,
 ) -> ClippedGrad:
-  """Clipped sum by `jax.vmap` over batches of one example: the reference."""
+  """Clipped sum by `jax.vmap` over batches of one unit: the reference."""
 
-  def one_loss(params, example):
-    losses, aux = _call(loss_fn, params, example, 1, has_aux)
-    return losses[0], aux
+  def unit_loss(params, unit, weights):
+    losses, aux = _call(loss_fn, params, unit, rows.per_unit, has_aux)
+    return jnp.sum(losses * weights), (losses, aux)
 
-  def one_grad(example):
-    example = jax.tree.map(lambda leaf: leaf[None], example)
-    (loss, aux), grad = jax.value_and_grad(one_loss, has_aux=True)(
-      params, example
+  def unit_grad(unit, weights):
+    (_, (losses, aux)), grad = jax.value_and_grad(unit_loss, has_aux=True)(
+      params, unit, weights
     )
     # Widen first: float16 squares overflow at 256.
-    grad = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), grad)
-    return loss, jax.tree.map(lambda leaf: leaf[0], aux), grad
+    return losses, aux, jax.tree.map(lambda x: x.astype(jnp.float32), grad)
 
-  losses, aux, grads = jax.vmap(one_grad)(batch)  # Leaves [B, ...].
-  leaves = jax.tree.leaves(grads)
-  clip = _clip(
-    losses,
-    padding,
-    squared=sum(_rows_sum(jnp.square(leaf)) for leaf in leaves),
-    shrunk=sum(_rows_sum(jnp.square(leaf * _SHRINK)) for leaf in leaves),
-    l2_clip_norm=l2_clip_norm,
+  losses, aux, grads = jax.vmap(unit_grad)(  # Leaves [U, ...].
+    jax.tree.map(rows.by_unit, rows.without_padding(batch, padding)),
+    rows.by_unit(rows.weights(padding)),
+  )
+  losses, aux = jax.tree.map(
+    lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (losses, aux)
+  )
+  leaves, structure = jax.tree.flatten(grads)
+  decision = rule.decide(
+    [
+      _unit_stats(leaf, bound.ndim)
+      for leaf, bound in zip(leaves, rule.group_bounds(params), strict=True)
+    ],
+    params=params,
+    has_finite_loss=rows.finite_units(losses, padding),
+    padding=rows.unit_padding(padding),
+    scale=scale,
   )
 
-  def clipped_sum(leaf):  # [B, ...] -> [...]
-    shape = (-1,) + (1,) * (leaf.ndim - 1)
-    shrink, factor = (clip.weights[:, i].reshape(shape) for i in (0, 1))
+  def clipped_sum(leaf, weights):  # [U, *groups, ...], [*groups, U, 2]
+    weights = jnp.moveaxis(weights, -2, 0)
+    shape = weights.shape[:-1] + (1,) * (leaf.ndim - weights.ndim + 1)
+    shrink, factor = (weights[..., i].reshape(shape) for i in (0, 1))
+    keep = decision.keep.reshape(-1, *(1,) * (leaf.ndim - 1))
     # Select, do not multiply by zero: 0 * NaN is NaN.
-    return jnp.sum(
-      jnp.where(clip.keep.reshape(shape), leaf * shrink * factor, 0.0), axis=0
-    )
+    return jnp.sum(jnp.where(keep, leaf * shrink * factor, 0.0), axis=0)
 
+  sums = map(clipped_sum, leaves, decision.weights)
   return _result(
-    jax.tree.map(clipped_sum, grads), losses, aux, padding, clip, has_aux
+    structure.unflatten(sums), losses, aux, padding, decision, rows, has_aux
+  )
+
+
+def _unit_stats(grads: jax.Array, num_group_axes: int) -> ghost.Stats:
+  """Squares of gradients f32[U, *groups, ...], f32[*groups, U]."""
+  axes = tuple(range(1 + num_group_axes, grads.ndim))
+  sums = lambda x: jnp.moveaxis(jnp.sum(jnp.square(x), axis=axes), 0, -1)
+  squared, shrunk = sums(grads), sums(grads * ghost.SHRINK)
+  zeros = jnp.zeros_like(squared)
+  return ghost.Stats(
+    squared=squared, shrunk=shrunk, spread=zeros, spread_shrunk=zeros
   )
 
 
@@ -416,7 +481,9 @@ def _tapped_engine(
   batch: PyTree,
   padding: jax.Array,
   *,
-  l2_clip_norm: float,
+  rule: clip_rules.ClipRule,
+  rows: unit_rows.Rows,
+  scale: jax.Array | None,
   has_aux: bool,
   may_probe: bool,
 ) -> ClippedGrad:
@@ -427,73 +494,29 @@ def _tapped_engine(
     num_rows = jax.tree.leaves(batch)[0].shape[0]
     return _call(with_ops, params, batch, num_rows, has_aux)
 
-  out = ghost.per_example(call, params, batch, may_probe=may_probe)
-  clip = _clip(
-    out.losses,
-    padding,
-    squared=out.stats.squared,
-    shrunk=out.stats.shrunk,
-    spread=out.stats.spread,
-    spread_shrunk=out.stats.spread_shrunk,
-    l2_clip_norm=l2_clip_norm,
+  out = ghost.per_example(
+    call,
+    params,
+    rows.without_padding(batch, padding),
+    may_probe=may_probe,
+    row_weights=rows.weights(padding),
+    rows_per_unit=rows.per_unit,
+  )
+  decision = rule.decide(
+    out.stats,
+    params=params,
+    has_finite_loss=rows.finite_units(out.losses, padding),
+    padding=rows.unit_padding(padding),
+    scale=scale,
   )
   return _result(
-    out.weighted_sum(clip.weights), out.losses, out.aux, padding, clip, has_aux
-  )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Clip:
-  """What becomes of each example.
-
-  Attributes:
-    keep: whether it counts, bool[B].
-    is_finite: bool[B], of padding as well.
-    norms: of its gradient, 0 unless kept, f32[B].
-    weights: two factors, since C / |g| may underflow; 0 unless kept, f32[B, 2].
-  """
-
-  keep: jax.Array
-  is_finite: jax.Array
-  norms: jax.Array
-  weights: jax.Array
-
-
-def _clip(
-  losses: jax.Array,
-  padding: jax.Array,
-  *,
-  squared: Any,
-  shrunk: Any,
-  l2_clip_norm: float,
-  spread: Any = 0.0,
-  spread_shrunk: Any = 0.0,
-) -> _Clip:
-  """Weights from squared norms; `shrunk` are those times _SHRINK^2.
-
-  `spread` is S^2 of `privacy.ghost`, the scale of a sum's rounding where sum
-  and norm are formed apart.
-  """
-  # NaN and infinity survive in `shrunk`; finite entries cannot overflow it.
-  is_finite = jnp.isfinite(shrunk) & jnp.isfinite(losses)
-  keep = is_finite & ~padding
-  large = ~(squared < _LARGE_SQUARED_NORM)
-  norm = jnp.sqrt(jnp.where(large, shrunk, squared))  # Of grads * shrink.
-  shrink = jnp.where(large, _SHRINK, 1.0)
-  rounding = ghost.ROUNDING * jnp.sqrt(jnp.where(large, spread_shrunk, spread))
-  safe_norm = jnp.maximum(norm, norm * (1 - _SLACK / 2) + rounding)
-  bound = l2_clip_norm * (1 - _SLACK)
-  # min(1, bound / 0) is 1.
-  factor = jnp.where(
-    large, bound / safe_norm, jnp.minimum(1.0, bound / safe_norm)
-  )
-  largest = jnp.finfo(jnp.float32).max
-  weights = jnp.stack([shrink, factor], axis=1)
-  return _Clip(
-    keep=keep,
-    is_finite=is_finite,
-    norms=jnp.where(keep, jnp.minimum(norm / shrink, largest), 0.0),
-    weights=jnp.where(keep[:, None], weights, 0.0),
+    out.weighted_sum(decision.weights),
+    out.losses,
+    out.aux,
+    padding,
+    decision,
+    rows,
+    has_aux,
   )
 
 
@@ -502,21 +525,22 @@ def _result(
   losses: jax.Array,
   aux: PyTree,
   padding: jax.Array,
-  clip: _Clip,
+  decision: clip_rules.Decision,
+  rows: unit_rows.Rows,
   has_aux: bool,
 ) -> ClippedGrad:
   """Puts a result together, nothing of padding in it."""
   return ClippedGrad(
     grad_sum=grad_sum,
-    grad_norms=clip.norms,
+    grad_norms=decision.norms,
     losses=jnp.where(padding, 0.0, losses),
     aux=_zero_padding(aux, padding) if has_aux else None,
-    is_nonfinite=~clip.is_finite & ~padding,
+    is_nonfinite=~decision.is_finite & ~rows.unit_padding(padding),
   )
 
 
 # An engine takes (loss_fn, params, batch, padding bool[B]) and, by keyword,
-# l2_clip_norm and has_aux; it returns the same ClippedGrad as every other.
+# rule, rows, scale and has_aux; it returns the same ClippedGrad as every other.
 _ENGINES = {
   config.Engine.VMAP: _vmap_engine,
   config.Engine.GHOST: functools.partial(_tapped_engine, may_probe=True),
@@ -530,19 +554,21 @@ def _batch_sum(
   batch: PyTree,
   padding: jax.Array,
   *,
+  rows: unit_rows.Rows,
   has_aux: bool,
 ) -> ClippedGrad:
   """Unclipped sum by one backward pass."""
   num_rows = padding.shape[0]
   # A zero cotangent into a row that computes NaN still gives NaN, so padding
   # rows become copies of an example: then zero times finite is zero.
-  rows = jnp.where(padding, jnp.argmin(padding), jnp.arange(num_rows))
-  batch = jax.tree.map(lambda leaf: leaf[rows], batch)
+  places = jnp.where(padding, jnp.argmin(padding), jnp.arange(num_rows))
+  batch = jax.tree.map(lambda leaf: leaf[places], batch)
+  weights = rows.weights(padding)
 
   def total(params):
     losses, aux = _call(loss_fn, params, batch, num_rows, has_aux)
     losses = jnp.where(padding, 0.0, losses)
-    return jnp.sum(losses), (losses, aux)
+    return jnp.sum(losses * weights), (losses, aux)
 
   (_, (losses, aux)), grad_sum = jax.value_and_grad(total, has_aux=True)(params)
   any_example = ~jnp.all(padding)
@@ -554,7 +580,7 @@ def _batch_sum(
     grad_norms=None,
     losses=losses,
     aux=_zero_padding(aux, padding) if has_aux else None,
-    is_nonfinite=~jnp.isfinite(losses) & ~padding,
+    is_nonfinite=~rows.finite_units(losses, padding),
   )
 
 
@@ -563,46 +589,52 @@ def _in_microbatches(
   params: PyTree,
   batch: PyTree,
   padding: jax.Array,
-  microbatch_size: int | None,
+  rows: unit_rows.Rows,
 ) -> ClippedGrad:
   """Calls `sum_fn` on microbatches in a scan; adds sums, keeps the order."""
-  num_rows = padding.shape[0]
+  num_rows, size = padding.shape[0], rows.microbatch_size
   if num_rows == 0:
-    # Nothing to differentiate; one padding row gives the shapes.
-    padding = jnp.ones(1, bool)
-    leaves, rewrap = _without_keys(batch)
-    batch = rewrap([_blank_rows(leaf, num_rows=1) for leaf in leaves])
+    # Nothing to differentiate; one unit of padding gives the shapes.
+    padding = jnp.ones(rows.per_unit, bool)
+    leaves, rewrap = unit_rows.without_keys(batch)
+    batch = rewrap(
+      [_blank_rows(leaf, num_rows=rows.per_unit) for leaf in leaves]
+    )
     return _head(sum_fn(params, batch, padding), 0)
-  if microbatch_size is None or microbatch_size >= num_rows:
+  num_units = num_rows // rows.per_unit
+  if size is None or size >= num_units:
     return sum_fn(params, batch, padding)
-  num_microbatches = -(-num_rows // microbatch_size)
-  missing = num_microbatches * microbatch_size - num_rows
+  num_microbatches = -(-num_units // size)
+  missing = (num_microbatches * size - num_units) * rows.per_unit
 
-  def split(leaf):  # [B, ...] -> [microbatches, microbatch_size, ...]
+  def split(leaf):  # [B, ...] -> [microbatches, rows of a microbatch, ...]
     leaf = jnp.concatenate([leaf, _blank_rows(leaf, num_rows=missing)])
-    # Every num_microbatches-th row goes together, so that a batch axis that is
+    # Every num_microbatches-th unit goes together, so that a batch axis that is
     # sharded stays spread over all devices in every microbatch.
-    leaf = leaf.reshape(microbatch_size, num_microbatches, *leaf.shape[1:])
-    return jnp.swapaxes(leaf, 0, 1)
+    shape = (size, num_microbatches, rows.per_unit, *leaf.shape[1:])
+    leaf = jnp.swapaxes(leaf.reshape(shape), 0, 1)
+    return leaf.reshape(num_microbatches, -1, *leaf.shape[3:])
 
-  def join(leaf):  # The inverse of split.
+  def join(leaf):  # The inverse of split, of what is per row or per unit.
+    per_unit = leaf.shape[1] // size
+    leaf = leaf.reshape(num_microbatches, size, per_unit, *leaf.shape[2:])
     leaf = jnp.swapaxes(leaf, 0, 1)
-    return leaf.reshape(-1, *leaf.shape[2:])[:num_rows]
+    return leaf.reshape(-1, *leaf.shape[3:])[: num_units * per_unit]
 
   # Keys travel as their data: the reuse checker loses track of moved axes.
-  leaves, rewrap = _without_keys(batch)
+  leaves, rewrap = unit_rows.without_keys(batch)
 
   def body(grad_sum, microbatch):
-    rows, is_example = microbatch
-    result = sum_fn(params, rewrap(rows), ~is_example)
+    plain, is_example = microbatch
+    result = sum_fn(params, rewrap(plain), ~is_example)
     grad_sum = jax.tree.map(jnp.add, grad_sum, result.grad_sum)
     return grad_sum, dataclasses.replace(result, grad_sum=None)
 
   zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
-  grad_sum, rows = jax.lax.scan(
+  grad_sum, parts = jax.lax.scan(
     body, zeros, ([split(leaf) for leaf in leaves], split(~padding))
   )
-  return dataclasses.replace(jax.tree.map(join, rows), grad_sum=grad_sum)
+  return dataclasses.replace(jax.tree.map(join, parts), grad_sum=grad_sum)
 
 
 def _call(
@@ -627,11 +659,6 @@ def _call(
   return losses.astype(jnp.float32), aux
 
 
-def _rows_sum(leaf: jax.Array) -> jax.Array:
-  """Sum over all axes but the first, [B, ...] -> [B]."""
-  return jnp.sum(leaf, axis=tuple(range(1, leaf.ndim)))
-
-
 def _zero_padding(aux: PyTree, padding: jax.Array) -> PyTree:
   """Zeroes padding rows, so that a NaN in one cannot enter a metric."""
 
@@ -640,31 +667,6 @@ def _zero_padding(aux: PyTree, padding: jax.Array) -> PyTree:
     return jnp.where(mask, jnp.zeros_like(leaf), leaf)
 
   return jax.tree.map(zero, aux)
-
-
-def _without_keys(
-  batch: PyTree,
-) -> tuple[list[jax.Array], Callable[[list[jax.Array]], PyTree]]:
-  """Leaves with keys replaced by their data, and the function back."""
-  leaves, structure = jax.tree.flatten(batch)
-  impls = [
-    jax.random.key_impl(leaf)
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-    else None
-    for leaf in leaves
-  ]
-
-  def rewrap(plain):
-    return structure.unflatten(
-      leaf if impl is None else jax.random.wrap_key_data(leaf, impl=impl)
-      for leaf, impl in zip(plain, impls, strict=True)
-    )
-
-  plain = [
-    leaf if impl is None else jax.random.key_data(leaf)
-    for leaf, impl in zip(leaves, impls, strict=True)
-  ]
-  return plain, rewrap
 
 
 def _cloned(batch: PyTree) -> PyTree:
@@ -692,9 +694,9 @@ def _head(result: ClippedGrad, num_rows: int) -> ClippedGrad:
 
 
 def _padding_mask(
-  batch: PyTree, is_padding_example: jax.Array | None
+  batch: PyTree, is_padding_example: jax.Array | None, rows: unit_rows.Rows
 ) -> jax.Array:
-  """The mask, bool[B]; checks that all leaves agree on B."""
+  """The mask, bool[B]; checks that all leaves agree on B, in whole units."""
   sizes = {leaf.shape[:1] for leaf in jax.tree.leaves(batch)}
   if len(sizes) != 1 or () in sizes:
     checks.fail(
@@ -702,6 +704,12 @@ def _padding_mask(
       leading_axes=sorted(sizes),
     )
   (shape,) = sizes
+  if shape[0] % rows.per_unit:
+    checks.fail(
+      f"a batch of whole units of {rows.per_unit} rows",
+      "Fill the last unit with padding rows.",
+      num_rows=shape[0],
+    )
   if is_padding_example is None:
     return jnp.zeros(shape, bool)
   if is_padding_example.shape != shape or is_padding_example.dtype != bool:
@@ -711,18 +719,6 @@ def _padding_mask(
       dtype=str(is_padding_example.dtype),
     )
   return is_padding_example
-
-
-def _check_clip_norm(l2_clip_norm: float) -> None:
-  """Raises outside the range where float32 norms are right."""
-  checks.positive(l2_clip_norm=l2_clip_norm)
-  checks.at_most(_MAX_CLIP_NORM, l2_clip_norm=l2_clip_norm)
-  if l2_clip_norm < _MIN_CLIP_NORM:
-    checks.fail(
-      f"l2_clip_norm >= {_MIN_CLIP_NORM}",
-      "Below, squares of gradients underflow in float32.",
-      l2_clip_norm=l2_clip_norm,
-    )
 
 
 def _check_takes_ops(loss_fn: LossFn) -> None:
@@ -735,12 +731,6 @@ def _check_takes_ops(loss_fn: LossFn) -> None:
       " model, or use engine VMAP.",
       loss_fn=loss_fn,
     )
-
-
-def _check_microbatch_size(microbatch_size: int | None) -> None:
-  """Raises unless it is None or a positive integer."""
-  if microbatch_size is not None:
-    checks.positive(microbatch_size=microbatch_size)
 
 
 def _parse_engine(engine: config.Engine | str) -> config.Engine:

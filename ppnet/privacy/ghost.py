@@ -1,4 +1,10 @@
-"""Per-example gradient norms and weighted gradient sums, by rules.
+"""Per-unit gradient norms and weighted gradient sums, by rules.
+
+A privacy unit is one row of the batch, an example, or `rows_per_unit` rows that
+stand side by side: a user's records, or views of one record. Its gradient is
+the weighted sum of its rows' gradients. The weights are cotangents of the
+losses, and the tokens of all its rows are its tokens, so that the cross terms
+between rows come by themselves. Below, "example" means a unit.
 
 Every weight gradient of this codebase's operations is, for one example, a sum
 over tokens of outer products a_t b_t' (the input and the output's cotangent;
@@ -8,7 +14,7 @@ weight shared by the iterations of a scan) has the sum over all its uses. For
 each parameter one of three ways is chosen:
 
 - KEEP: the backward pass leaves the gradient of each example's own copy of the
-  weight, [B, m, n], and automatic differentiation adds up the uses. Its norm
+  weight, [U, m, n], and automatic differentiation adds up the uses. Its norm
   and the weighted sum read the same array, as under `jax.vmap`.
 - RECORD: a and b of all uses are kept. The norm is a Gram form,
   sum_st (a_s'a_t)(b_s'b_t) over the tokens of all uses, cross terms included;
@@ -29,7 +35,8 @@ m n = T (m + n).
 
 *Formal guarantee.* The norm that `Stats` leads to is not below that of the
 example's contribution to the sum by more than a part in 10^5, in the rounding
-model below. u = 2^-24, S = sum_t |a_t||b_t|.
+model below. u = 2^-24, S = sum_t |a_t||b_t|. `Stats` are per parameter and per
+slice of a stacked one; sums over any group of them bound the group's norm.
 
 - A Gram form subtracts large numbers to find a small one. With the Grams P
   and Q off by at most c u |a_s||a_t| and c u |b_s||b_t| per entry, the squared
@@ -55,8 +62,9 @@ model below. u = 2^-24, S = sum_t |a_t||b_t|.
 | a parameter that the loss does not use | norm 0, sum 0 |
 | squares beyond float32 | `Stats.shrunk`, in units of 2^80 |
 
-Letters: B batch, L slices of a stacked parameter, T tokens of all uses of a
-slice, s t tokens, m x n a weight.
+Letters: U units, B = U rows_per_unit rows of the batch, L slices of a stacked
+parameter, T tokens of all uses of a slice by all rows of a unit, s t tokens,
+m x n a weight. *slices are the leading axes that scans run over.
 """
 
 import dataclasses
@@ -111,7 +119,9 @@ class Way(enum.Enum):
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stats:
-  """Sums over parameters of squares, f32[B]; they add up entry by entry.
+  """Squares of one parameter's gradients; those of several add up.
+
+  Each is f32[*slices, U].
 
   Attributes:
     squared: squared norm of the gradient, with the Gram error on top.
@@ -131,18 +141,18 @@ class PerExample:
   """One pass over a batch, before clipping.
 
   Attributes:
-    losses: f32[B].
+    losses: f32[B], without the rows' weights.
     aux: what the loss returned beside them.
-    stats: of each example's gradient.
-    weighted_sum: f32[B, 2] -> sum over examples of gradient times both factors,
-      f32, in the structure of the parameters. An example whose factors are 0
-      is left out, whatever it holds.
+    stats: of each unit's gradient, one `Stats` per parameter leaf.
+    weighted_sum: one f32[*leading slices, U, 2] per parameter leaf -> sum over
+      units of gradient times both factors, f32, in the structure of the
+      parameters. A unit whose factors are 0 is left out, whatever it holds.
   """
 
   losses: Any
   aux: PyTree
-  stats: Stats
-  weighted_sum: Callable[[jax.Array], PyTree]
+  stats: list[Stats]
+  weighted_sum: Callable[[Sequence[jax.Array]], PyTree]
 
 
 def per_example(
@@ -151,34 +161,48 @@ def per_example(
   batch: PyTree,
   *,
   may_probe: bool,
+  row_weights: jax.Array,
+  rows_per_unit: int = 1,
 ) -> PerExample:
   """Runs `fun(params, batch) -> (losses f32[B], aux)` forward and backward.
 
   Args:
     fun: a loss that uses `taps.MARKING`; row i of everything in it depends on
-      example i alone.
+      row i of the batch alone.
     params: floating-point arrays.
     batch: leaves [B, ...].
     may_probe: whether parameters with one use get a second pullback (GHOST), or
       all are kept or recorded (BOOKKEEPING).
+    row_weights: f32[B], what each row's gradient counts in that of its unit.
+    rows_per_unit: so many rows, side by side, are one unit.
 
   Raises:
     ValueError: see `taps.trace`; or a probed operation whose dtype is not f32.
   """
   program = taps.trace(fun, params, batch)
-  num_rows = program.num_rows
+  num_units = program.num_rows // rows_per_unit
   leaves, structure = jax.tree.flatten(params)
   uses: dict[int, list[taps.Site]] = {}
   for site in program.sites:
     uses.setdefault(site.view.leaf, []).append(site)
   ways = {
-    leaf: choose_way(sites, may_probe=may_probe) for leaf, sites in uses.items()
-  }
-  by_leaf = {
-    leaf: jnp.zeros(_kept_shape(leaves[leaf], sites[0]), jnp.float32)
+    leaf: choose_way(
+      [_with_units(site, rows_per_unit) for site in sites], may_probe=may_probe
+    )
     for leaf, sites in uses.items()
-    if ways[leaf] is Way.KEEP
   }
+  slices = {
+    leaf: leaves[leaf].shape[: len(sites[0].view.scans)]
+    for leaf, sites in uses.items()
+  }
+  by_leaf: dict[int, Any] = {}
+  for leaf in uses:
+    if ways[leaf] is Way.KEEP:
+      by_leaf[leaf] = jnp.zeros(
+        _kept_shape(leaves[leaf], slices[leaf], num_units), jnp.float32
+      )
+    elif ways[leaf] is Way.PROBE:
+      by_leaf[leaf] = _zero_stats((*slices[leaf], num_units))
   by_site = {
     site.path: jnp.zeros((*site.lengths, *site.out.shape), site.out.dtype)
     for site in program.sites
@@ -186,55 +210,65 @@ def per_example(
   }
   # Weights only of probed parameters are differentiated.
   probed = {leaf: leaves[leaf] for leaf in uses if ways[leaf] is Way.PROBE}
-  zeros = jnp.zeros(num_rows)
-  probe = Stats(squared=zeros, shrunk=zeros, spread=zeros, spread_shrunk=zeros)
 
-  def forward(probed, by_leaf, by_site, probe):
+  def forward(probed, by_leaf, by_site):
     frame = taps.Frame(
       rule=lambda site, weight, x, frame: _RULES[ways[site.view.leaf]](
-        site, weight, x, frame
+        site, weight, x, frame, num_units
       ),
       by_leaf=by_leaf,
       by_site=by_site,
-      everywhere=probe,
-      total=jnp.zeros((num_rows, 2)),
+      everywhere=(),  # Probes go by parameter.
+      total=jnp.zeros(()),
     )
     full = [probed.get(i, leaf) for i, leaf in enumerate(leaves)]
     losses, aux = program.run(structure.unflatten(full), batch, frame)
-    return (losses, frame.total), (aux, frame.records)
+    doors = {leaf: frame.records.pop(_door_key(leaf)) for leaf in probed}
+    return (losses, doors), (aux, frame.records)
 
-  (losses, total), pullback, (aux, records) = jax.vjp(
-    forward, probed, by_leaf, by_site, probe, has_aux=True
+  (losses, doors), pullback, (aux, records) = jax.vjp(
+    forward, probed, by_leaf, by_site, has_aux=True
   )
-  ones = jnp.ones_like(losses)
-  _, kept, cotangents, probe = pullback((ones, jnp.zeros_like(total)))
+  _, from_leaf, cotangents = pullback(
+    (row_weights, jax.tree.map(jnp.zeros_like, doors))
+  )
   factors_of = {
-    leaf: _factors(sites, records, cotangents)
+    leaf: _factors(sites, records, cotangents, num_units)
     for leaf, sites in uses.items()
     if ways[leaf] is Way.RECORD
   }
-  stats = [probe]
-  stats += [_kept_stats(kept[leaf], uses[leaf][0]) for leaf in kept]
-  stats += [_recorded_stats(factors) for factors in factors_of.values()]
+  stats = [_zero_stats((num_units,)) for _ in leaves]
+  for leaf, value in from_leaf.items():
+    is_kept = ways[leaf] is Way.KEEP
+    stats[leaf] = _kept_stats(value, slices[leaf]) if is_kept else value
+  for leaf, factors in factors_of.items():
+    stats[leaf] = jax.tree.map(
+      lambda x, leaf=leaf: x.reshape(*slices[leaf], num_units),
+      _per_slice(_gram, factors),
+    )
 
   def weighted_sum(weights):
-    again = pullback((ones, weights))[0] if probed else {}
+    full = {  # [*slices, U, 2]
+      leaf: _to_slices(weights[leaf], slices[leaf]) for leaf in uses
+    }
+    again = {}
+    if probed:
+      again = pullback((row_weights, {leaf: full[leaf] for leaf in probed}))[0]
     out = []
     for i, leaf in enumerate(leaves):
-      if i in kept:
-        grad = _kept_sum(kept[i], weights, uses[i][0])
-      elif i in factors_of:
-        grad = _recorded_sum(factors_of[i], weights, uses[i])
+      if i in factors_of:
+        grad = _recorded_sum(factors_of[i], full[i], uses[i])
+      elif i in again:
+        grad = again[i]
+      elif i in from_leaf:
+        grad = _kept_sum(from_leaf[i], full[i])
       else:
-        grad = again.get(i, jnp.zeros(leaf.shape))
+        grad = jnp.zeros(leaf.shape)
       out.append(grad.reshape(leaf.shape).astype(jnp.float32))
     return structure.unflatten(out)
 
   return PerExample(
-    losses=losses,
-    aux=aux,
-    stats=jax.tree.map(lambda *parts: sum(parts), *stats),
-    weighted_sum=weighted_sum,
+    losses=losses, aux=aux, stats=stats, weighted_sum=weighted_sum
   )
 
 
@@ -243,7 +277,7 @@ def choose_way(sites: Sequence[taps.Site], *, may_probe: bool) -> Way:
   size = math.prod(sites[0].view.shape)
   is_matrix = all(site.kind in ("dense", "embed") for site in sites)
   if not is_matrix:
-    return Way.KEEP  # Vectors: [B, n] is less than any record.
+    return Way.KEEP  # Vectors: [U, n] is less than any record.
   recorded = 0
   for site in sites:
     again = math.prod(site.lengths) // _num_slices(site)
@@ -284,10 +318,42 @@ def _orientation(site: taps.Site, sites: Sequence[taps.Site]) -> bool | None:
   return bool(steps)
 
 
-def _kept_shape(leaf: jax.Array, site: taps.Site) -> tuple[int, ...]:
-  """[*slices, B, *slice]: every example's own copy of a parameter."""
-  sliced = len(site.view.scans)
-  return (*leaf.shape[:sliced], site.x.shape[0], *leaf.shape[sliced:])
+def _with_units(site: taps.Site, rows_per_unit: int) -> taps.Site:
+  """The site as a unit sees it, its rows among its tokens: [U, rows, ...]."""
+  if rows_per_unit == 1:
+    return site
+
+  def split(x):
+    shape = (x.shape[0] // rows_per_unit, rows_per_unit, *x.shape[1:])
+    return jax.ShapeDtypeStruct(shape, x.dtype)
+
+  return dataclasses.replace(site, x=split(site.x), out=split(site.out))
+
+
+def _kept_shape(
+  leaf: jax.Array, slices: tuple[int, ...], num_units: int
+) -> tuple[int, ...]:
+  """[*slices, U, *slice]: every unit's own copy of a parameter."""
+  return (*slices, num_units, *leaf.shape[len(slices) :])
+
+
+def _zero_stats(shape: tuple[int, ...]) -> Stats:
+  """Stats of nothing."""
+  zeros = jnp.zeros(shape)
+  return Stats(squared=zeros, shrunk=zeros, spread=zeros, spread_shrunk=zeros)
+
+
+def _door_key(leaf: int) -> tuple[taps.Path, int]:
+  """Where a probe leaves the output by which its weights come in."""
+  return (-1,), leaf  # No equation has this path.
+
+
+def _to_slices(weights: jax.Array, slices: tuple[int, ...]) -> jax.Array:
+  """From [*leading slices, U, 2] to [*slices, U, 2]."""
+  *given, num_units, two = weights.shape
+  missing = len(slices) - len(given)
+  weights = weights.reshape(*given, *(1,) * missing, num_units, two)
+  return jnp.broadcast_to(weights, (*slices, num_units, two))
 
 
 # Operations under the three ways. Each is a custom VJP with an extra input
@@ -295,8 +361,8 @@ def _kept_shape(leaf: jax.Array, site: taps.Site) -> tuple[int, ...]:
 # that input, so the zeros that stand for it cost nothing.
 
 
-def _keep(site, weight, x, frame) -> jax.Array:
-  """KEEP: the extra input is each example's own copy of the weight."""
+def _keep(site, weight, x, frame, num_units) -> jax.Array:
+  """KEEP: the extra input is each unit's own copy of the weight."""
 
   @jax.custom_vjp
   def apply(weight, x, copies):
@@ -308,14 +374,16 @@ def _keep(site, weight, x, frame) -> jax.Array:
 
   def backward(kept, g):
     weight, x = kept
-    return None, _input_grad(site, weight, g), _example_grads(site, x, g)
+    grads = _unit_grads(site, x, g, num_units)
+    return None, _input_grad(site, weight, g), grads
 
   apply.defvjp(forward, backward)
   return apply(weight, x, frame.by_leaf[site.view.leaf])
 
 
-def _record(site, weight, x, frame) -> jax.Array:
+def _record(site, weight, x, frame, num_units) -> jax.Array:
   """RECORD: the extra input's cotangent is the output's."""
+  del num_units  # Units are told apart when the records are read.
 
   @jax.custom_vjp
   def apply(weight, x, tap):
@@ -333,7 +401,7 @@ def _record(site, weight, x, frame) -> jax.Array:
   return apply(weight, x, frame.by_site[site.path])
 
 
-def _probe(site, weight, x, frame) -> jax.Array:
+def _probe(site, weight, x, frame, num_units) -> jax.Array:
   """PROBE: norms leave by one extra input, weights enter by one more output."""
   for dtype in (weight.dtype, site.out.dtype):
     if dtype != jnp.float32:
@@ -349,7 +417,7 @@ def _probe(site, weight, x, frame) -> jax.Array:
   def apply(weight, x, probe):
     del probe  # For its cotangent alone.
     out = taps.plain(site.kind, weight, x)
-    return out, jnp.zeros((x.shape[0], 2))
+    return out, jnp.zeros((num_units, 2))
 
   def forward(weight, x, probe):
     return apply(weight, x, probe), (weight, x)
@@ -357,19 +425,20 @@ def _probe(site, weight, x, frame) -> jax.Array:
   def backward(kept, cotangents):
     weight, x = kept
     g, weights = cotangents
-    factor = _factor(site, x, g)
+    factor = _factor(site, x, g, num_units=num_units)
     is_short = factor.gram_cost < math.prod(factor.shape)
     stats = (_gram if is_short else _materialised_stats)([factor])
     grad = _product_sum(factor, weights)
     return grad.astype(weight.dtype), _input_grad(site, weight, g), stats
 
   apply.defvjp(forward, backward)
-  out, total = apply(weight, x, frame.everywhere)
-  frame.total = frame.total + total
+  leaf = site.view.leaf
+  out, frame.records[_door_key(leaf)] = apply(weight, x, frame.by_leaf[leaf])
   return out
 
 
-_RULES: dict[Way, taps.Rule] = {
+# A rule of `taps`, given the number of units.
+_RULES: dict[Way, Callable[..., jax.Array]] = {
   Way.KEEP: _keep,
   Way.RECORD: _record,
   Way.PROBE: _probe,
@@ -390,13 +459,14 @@ def _input_grad(site, weight, g) -> jax.Array | None:
   raise AssertionError(f"No rule for {site.kind}; taps knows no other kinds.")
 
 
-def _example_grads(site: taps.Site, x: jax.Array, g: jax.Array) -> jax.Array:
-  """Gradient of each example's own weight, f32[B, *slice]."""
-  num_rows = g.shape[0]
-  wide = g.astype(jnp.float32).reshape(num_rows, -1, g.shape[-1])
+def _unit_grads(
+  site: taps.Site, x: jax.Array, g: jax.Array, num_units: int
+) -> jax.Array:
+  """Gradient of each unit's own weight, f32[U, *slice]."""
+  wide = g.astype(jnp.float32).reshape(num_units, -1, g.shape[-1])
   match site.kind:
     case "dense" | "embed":
-      grads = _products(_factor(site, x, g))
+      grads = _products(_factor(site, x, g, num_units=num_units))
     case "scale":
       grads = jnp.sum(x.astype(jnp.float32).reshape(wide.shape) * wide, axis=1)
     case "bias":
@@ -416,8 +486,8 @@ class _Factor:
   """One use of a weight: its gradient is sum_t rows_t cols_t'.
 
   Attributes:
-    rows: [B, T, m], or i32[B, T] for unit vectors.
-    cols: [B, T, n], or likewise.
+    rows: [U, T, m], or i32[U, T] for unit vectors.
+    cols: [U, T, n], or likewise.
     shape: (m, n).
   """
 
@@ -433,34 +503,41 @@ class _Factor:
 
 
 def _factor(
-  site: taps.Site, x: jax.Array, g: jax.Array, *, transpose: bool = False
+  site: taps.Site,
+  x: jax.Array,
+  g: jax.Array,
+  *,
+  num_units: int,
+  transpose: bool = False,
 ) -> _Factor:
-  """Flattens tokens; x [B, ..., m] or ids [B, ...], g [B, ..., n]."""
-  num_rows = g.shape[0]
-  cols = g.reshape(num_rows, -1, g.shape[-1])
+  """Flattens rows and tokens; x [B, ..., m] or ids [B, ...], g [B, ..., n]."""
+  cols = g.reshape(num_units, -1, g.shape[-1])
   if site.kind == "embed":
     # As jnp.take reads them: negative ids count from the end.
-    ids = x.reshape(num_rows, -1).astype(jnp.int32)
+    ids = x.reshape(num_units, -1).astype(jnp.int32)
     rows = jnp.where(ids < 0, ids + site.weight[0], ids)
   else:
-    rows = x.reshape(num_rows, -1, x.shape[-1])
+    rows = x.reshape(num_units, -1, x.shape[-1])
   m, n = site.weight
   if transpose:
     return _Factor(rows=cols, cols=rows, shape=(n, m))
   return _Factor(rows=rows, cols=cols, shape=(m, n))
 
 
-def _factors(sites, records, cotangents) -> list[_Factor]:
+def _factors(sites, records, cotangents, num_units: int) -> list[_Factor]:
   """All uses of a recorded parameter, with leading axis L."""
   out = []
   for site in sites:
     is_ids = site.kind == "embed"
     x = site.by_slice(records[site.x_key], has_features=not is_ids)
     g = site.by_slice(cotangents[site.path])
-    transpose = bool(_orientation(site, sites))
-    out.append(
-      jax.vmap(functools.partial(_factor, site, transpose=transpose))(x, g)
+    factor = functools.partial(
+      _factor,
+      site,
+      num_units=num_units,
+      transpose=bool(_orientation(site, sites)),
     )
+    out.append(jax.vmap(factor)(x, g))
   return out
 
 
@@ -472,11 +549,10 @@ def _per_slice(fun: Callable[[Any], Any], stacked: Any) -> Any:
   return jax.lax.map(fun, stacked)
 
 
-def _kept_stats(kept: jax.Array, site: taps.Site) -> Stats:
-  """Stats of [*slices, B, *slice]."""
-  batch_axis = len(site.view.scans)
-  axes = tuple(axis for axis in range(kept.ndim) if axis != batch_axis)
-  zeros = jnp.zeros(kept.shape[batch_axis])
+def _kept_stats(kept: jax.Array, slices: tuple[int, ...]) -> Stats:
+  """Stats of [*slices, U, *slice]."""
+  axes = tuple(range(len(slices) + 1, kept.ndim))
+  zeros = jnp.zeros(kept.shape[: len(slices) + 1])
   return Stats(
     squared=jnp.sum(jnp.square(kept), axis=axes),
     shrunk=jnp.sum(jnp.square(kept * SHRINK), axis=axes),
@@ -485,35 +561,27 @@ def _kept_stats(kept: jax.Array, site: taps.Site) -> Stats:
   )
 
 
-def _kept_sum(
-  kept: jax.Array, weights: jax.Array, site: taps.Site
-) -> jax.Array:
-  """Weighted sum over the batch axis of [*slices, B, *slice]."""
-  batch_axis = len(site.view.scans)
-  shape = [1] * kept.ndim
-  shape[batch_axis] = -1
-  first, second = (weights[:, i].reshape(shape) for i in (0, 1))
+def _kept_sum(kept: jax.Array, weights: jax.Array) -> jax.Array:
+  """Sum over units of [*slices, U, *slice] times weights [*slices, U, 2]."""
+  shape = weights.shape[:-1] + (1,) * (kept.ndim - weights.ndim + 1)
+  first, second = (weights[..., i].reshape(shape) for i in (0, 1))
   keep = _is_kept(weights).reshape(shape)
   # Select, do not multiply by zero: 0 * NaN is NaN.
   chosen = jnp.where(keep, kept * first * second, 0.0)
-  return jnp.sum(chosen, axis=batch_axis)
-
-
-def _recorded_stats(factors: list[_Factor]) -> Stats:
-  """Stats of a recorded parameter, summed over its slices."""
-  stats = _per_slice(_gram, factors)
-  return jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), stats)
+  return jnp.sum(chosen, axis=weights.ndim - 2)
 
 
 def _recorded_sum(
   factors: list[_Factor], weights: jax.Array, sites: Sequence[taps.Site]
 ) -> jax.Array:
-  """Weighted sum of a recorded parameter, [L, *slice]."""
+  """Weighted sum of a recorded parameter, [L, *slice]; see `_kept_sum`."""
 
-  def one_slice(uses):
-    return sum(_product_sum(use, weights) for use in uses)
+  def one_slice(pair):
+    uses, own = pair
+    return sum(_product_sum(use, own) for use in uses)
 
-  total = _per_slice(one_slice, factors)
+  by_slice = weights.reshape(-1, *weights.shape[-2:])  # [L, U, 2]
+  total = _per_slice(one_slice, (factors, by_slice))
   if any(_orientation(site, sites) for site in sites):
     return total  # Matched in the slice's own shape.
   return sites[0].view.undo(total)
@@ -527,7 +595,7 @@ def _gram(factors: list[_Factor]) -> Stats:
   for i, one in enumerate(factors):
     for j, other in enumerate(factors[: i + 1]):
       times = 1.0 if i == j else 2.0
-      p = _dots(one.rows, other.rows)  # [B, S, T]
+      p = _dots(one.rows, other.rows)  # [U, S, T]
       q = _dots(one.cols, other.cols)
       p_scale = row_norms[i][:, :, None] * row_norms[j][:, None, :]
       q_scale = col_norms[i][:, :, None] * col_norms[j][:, None, :]
@@ -597,7 +665,7 @@ def _materialised_stats(factors: list[_Factor]) -> Stats:
 
 
 def _products(factor: _Factor) -> jax.Array:
-  """The gradients themselves, f32[B, m, n]."""
+  """The gradients themselves, f32[U, m, n]."""
   rows, cols = factor.rows, factor.cols
   if rows.ndim == 3 and cols.ndim == 3:
     return jnp.einsum("btm,btn->bmn", rows, cols, **_EXACT)
@@ -620,7 +688,7 @@ def _product_sum(factor: _Factor, weights: jax.Array) -> jax.Array:
     flipped = _Factor(rows=cols, cols=rows, shape=factor.shape[::-1])
     return _product_sum(flipped, weights).T
   keep = _is_kept(weights)[:, None, None]
-  first, second = weights[:, :1, None], weights[:, 1:, None]  # [B, 1, 1]
+  first, second = weights[:, :1, None], weights[:, 1:, None]  # [U, 1, 1]
   cols = jnp.where(keep, cols.astype(jnp.float32) * first * second, 0.0)
   if rows.ndim == 3:
     rows = jnp.where(keep, rows.astype(jnp.float32), 0.0)
@@ -630,12 +698,12 @@ def _product_sum(factor: _Factor, weights: jax.Array) -> jax.Array:
 
 
 def _is_kept(weights: jax.Array) -> jax.Array:
-  """Examples with a weight, bool[B]."""
-  return jnp.all(weights > 0, axis=1)
+  """Units with a weight, [..., U, 2] -> bool[..., U]."""
+  return jnp.all(weights > 0, axis=-1)
 
 
 def _dots(one: jax.Array, other: jax.Array) -> jax.Array:
-  """Products of all pairs of tokens, f32[B, S, T]."""
+  """Products of all pairs of tokens, f32[U, S, T]."""
   if one.ndim == 2 and other.ndim == 2:
     return (one[:, :, None] == other[:, None, :]).astype(jnp.float32)
   if one.ndim == 2:
@@ -649,7 +717,7 @@ def _dots(one: jax.Array, other: jax.Array) -> jax.Array:
 
 
 def _token_norms(x: jax.Array) -> jax.Array:
-  """l2 norm of every token, f32[B, T]; 1 for unit vectors."""
+  """l2 norm of every token, f32[U, T]; 1 for unit vectors."""
   if x.ndim == 2:
     return jnp.ones(x.shape)
   return jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1))
@@ -665,14 +733,14 @@ def _safe_token_norms(x: jax.Array) -> jax.Array:
 
 
 def _largest(x: jax.Array) -> jax.Array:
-  """Largest absolute entry of every example, f32[B]; 1 for unit vectors."""
+  """Largest absolute entry of every unit, f32[U]; 1 for unit vectors."""
   if x.ndim == 2:
     return jnp.ones(x.shape[:1])
   return jnp.max(jnp.abs(x.astype(jnp.float32)), axis=(1, 2))
 
 
 def _spread(row_norms: list, col_norms: list) -> jax.Array:
-  """S = sum over tokens of the factors' norms, f32[B]."""
+  """S = sum over tokens of the factors' norms, f32[U]."""
   pairs = zip(row_norms, col_norms, strict=True)
   parts = [jnp.sum(rows * cols, axis=1) for rows, cols in pairs]
   return _over_uses(jnp.add, parts)

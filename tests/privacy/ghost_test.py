@@ -23,7 +23,9 @@ ENGINES = (GHOST, BOOKKEEPING)
 PLAIN = param_ops.PLAIN
 
 
-def run(loss_fn, params, batch, *, engine, is_padding=None, clip=1.0):
+def run(
+  loss_fn, params, batch, *, engine, is_padding=None, clip=1.0, **options
+):
   batch = jax.tree.map(
     lambda leaf: (
       jax.random.clone(leaf)
@@ -32,10 +34,14 @@ def run(loss_fn, params, batch, *, engine, is_padding=None, clip=1.0):
     ),
     batch,
   )
-  fn = clipping.clipped_grad(loss_fn, l2_clip_norm=clip, engine=engine)
+  fn = clipping.clipped_grad(
+    loss_fn, l2_clip_norm=clip, engine=engine, **options
+  )
   # Compiling is what these tests cost.
-  options = {"xla_backend_optimization_level": 0}
-  return jax.jit(fn, compiler_options=options)(params, batch, is_padding)
+  compiler_options = {"xla_backend_optimization_level": 0}
+  return jax.jit(fn, compiler_options=compiler_options)(
+    params, batch, is_padding
+  )
 
 
 def flat(tree):
@@ -102,14 +108,23 @@ def network_case(*, num_rows, tokens, dim, wide, vocab, channels, layers, seed):
   sizes=st.permutations([2, 3, 5, 7, 11, 13]),
   layers=st.integers(1, 3),
   seed=st.integers(0, 99),
+  rows_per_unit=st.integers(1, 3),
   engine=st.sampled_from(ENGINES),
 )
-@hypothesis.example(sizes=[3, 2, 31, 29, 37, 5], layers=2, seed=1, engine=GHOST)
+@hypothesis.example(
+  sizes=[3, 2, 31, 29, 37, 5],
+  layers=2,
+  seed=1,
+  rows_per_unit=2,
+  engine=GHOST,
+)
 @hypothesis.settings(derandomize=True, deadline=None, max_examples=1)
-def test_every_operation_matches_vmap(sizes, layers, seed, engine):
-  num_rows, tokens, dim, wide, vocab, channels = sizes
+def test_every_operation_matches_vmap(
+  sizes, layers, seed, rows_per_unit, engine
+):
+  num_units, tokens, dim, wide, vocab, channels = sizes
   params, batch = network_case(
-    num_rows=num_rows,
+    num_rows=num_units * rows_per_unit,
     tokens=tokens,
     dim=dim,
     wide=wide,
@@ -118,11 +133,14 @@ def test_every_operation_matches_vmap(sizes, layers, seed, engine):
     layers=layers,
     seed=seed,
   )
-  expected = run(network_loss, params, batch, engine=VMAP)
-  result = run(network_loss, params, batch, engine=engine)
+  options = {"rows_per_unit": rows_per_unit}
+  expected = run(network_loss, params, batch, engine=VMAP, **options)
+  result = run(network_loss, params, batch, engine=engine, **options)
   assert_same(result, expected)
-  # Fails if: the cross term of the tied table is dropped; repeated tokens are
-  # summed as if they were different; a layer of the scan is left out.
+  assert result.grad_norms.shape == (num_units,)
+  # Fails if: the cross term of the tied table, or of a unit's rows, is dropped;
+  # repeated tokens are summed as if they were different; a layer of the scan is
+  # left out.
 
 
 def llama_case(**changes):
@@ -231,6 +249,37 @@ def cancelling(*, scale, gap, seed):
   x[T // 2 :] += rng.normal(size=M) * scale * gap
   g = rng.normal(size=N) * np.repeat([1.0, -1.0], T // 2)[:, None] * scale
   return np.float32(x), np.float32(g)
+
+
+@pytest.mark.parametrize(("loss_fn", "engine"), FORMS)
+def test_a_gram_norm_is_not_below_the_true_one(loss_fn, engine):
+  """Where no example falls back, its error bound is what lifts it."""
+  cases = [
+    cancelling(scale=1.0, gap=10.0**power, seed=seed)
+    for power in np.linspace(-1.0, 0.5, 10)
+    for seed in range(30)
+  ]
+  cases = [
+    case for case in cases if gram_error(*case) <= 9e-6 * true_norm(*case) ** 2
+  ]
+  assert len(cases) > 100
+  x, g = map(np.stack, zip(*cases, strict=True))
+  norms = linear_fn(loss_fn, engine)(WEIGHT, {"x": x, "g": g}).grad_norms
+  off = norms / np.array([true_norm(*case) for case in cases]) - 1
+  # The root of float32, and the sum with the bound, round once each.
+  assert off.min() >= -2 * 2.0**-24
+  assert off.max() <= 1e-5
+  # Fails if: the error of the Gram form is computed and not added.
+
+
+def gram_error(x, g):
+  """E of `privacy.ghost`."""
+  x, g = np.float64(x), np.float64(g)
+  scales = [np.linalg.norm(v, axis=1) for v in (x, g)]
+  pairs = [np.outer(s, s) for s in scales]
+  return ghost.ROUNDING * np.sum(
+    pairs[0] * abs(g @ g.T) + pairs[1] * abs(x @ x.T)
+  )
 
 
 def true_norm(x, g):
