@@ -10,6 +10,7 @@ write to them). This module imports neither JAX nor NumPy.
 
 import dataclasses
 import enum
+import re
 
 from ppnet.core import checks
 
@@ -184,6 +185,8 @@ class DataConfig:
   Attributes:
     source: where records come from.
     path: folder of an IMAGE_FOLDER source.
+    user_pattern: regular expression with one group, the user, that matches all
+      of `<class>/<file>` of every training picture. Empty: no users.
     prepared_dir: where PREPARE writes (and TRAIN reads) ArrayRecord files, the
       tokenizer and `dataset.json`. Empty: `<workdir>/prepared`.
     test_fraction: share of DIGITS held out for testing.
@@ -201,6 +204,7 @@ class DataConfig:
 
   source: Source = Source.DIGITS
   path: str = ""
+  user_pattern: str = ""
   prepared_dir: str = ""
   test_fraction: float = 0.2
   split_seed: int = 0
@@ -340,15 +344,27 @@ class PrivacyConfig:
     epsilon: target, reached from below.
     delta: probability that the guarantee fails; keep it below 1/N.
     noise_multiplier: noise standard deviation over sensitivity.
-    l2_clip_norm: bound on each privacy unit's gradient.
+    l2_clip_norm: C, the bound on each privacy unit's gradient; where it follows
+      a quantile, the first one.
     clipping: PER_EXAMPLE, or a named ablation without a guarantee.
+    clip_rule: CLIP, or NORMALIZE, which needs no well-chosen C.
+    clip_scope: FLAT, or PER_LAYER with C shared evenly among the layers'
+      parameters.
+    normalize_stabilizer: gamma of NORMALIZE, added to each norm.
+    clip_quantile: the share of units that C is to leave unclipped: it follows
+      them, and a part of the budget pays for a noisy count. None keeps C.
+    clip_learning_rate: how fast log C follows.
+    clip_count_stddev: of the noise on that count, in units; None is a twentieth
+      of `train.expected_batch_size`.
     noise: False is an ablation without a guarantee.
     sampler: how batches are drawn; the accountant is told the same.
     max_batch_size: examples that TRUNCATED_POISSON keeps at most; None for the
       other samplers.
     accountant: PLD (tight) or RDP.
     neighboring_relation: which data sets are neighbours.
-    unit: what is protected.
+    unit: what is protected: a record, or all records of a user. Batch sizes,
+      microbatch sizes and N then count users.
+    max_records_per_user: records of one sampled user that a step takes.
     allow_large_delta: accept delta >= 1/N.
     noise_seed: None draws the root from the operating system's entropy. A seed
       makes a run repeatable and voids the guarantee towards whoever knows it.
@@ -361,6 +377,12 @@ class PrivacyConfig:
   noise_multiplier: float | None = None
   l2_clip_norm: float = 1.0
   clipping: Clipping = Clipping.PER_EXAMPLE
+  clip_rule: ClipRule = ClipRule.CLIP
+  clip_scope: ClipScope = ClipScope.FLAT
+  normalize_stabilizer: float = 0.01
+  clip_quantile: float | None = None
+  clip_learning_rate: float = 0.2
+  clip_count_stddev: float | None = None
   noise: bool = True
   sampler: Sampler = Sampler.POISSON
   max_batch_size: int | None = None
@@ -369,6 +391,7 @@ class PrivacyConfig:
     NeighboringRelation.ADD_OR_REMOVE_ONE
   )
   unit: PrivacyUnit = PrivacyUnit.EXAMPLE
+  max_records_per_user: int = 1
   allow_large_delta: bool = False
   noise_seed: int | None = None
   sampler_seed: int | None = None
@@ -403,8 +426,10 @@ class TrainConfig:
 
   Attributes:
     num_steps: optimizer steps.
-    expected_batch_size: public divisor of the noisy sum; with Poisson sampling
-      the realised size varies around it.
+    expected_batch_size: public divisor of the noisy sum, in privacy units; with
+      Poisson sampling the realised size varies around it.
+    views_per_example: views of each drawn record, whose mean gradient is
+      clipped (augmentation multiplicity). They differ by their attention noise.
     eval_every_steps: evaluate on the test split every so many steps.
     checkpoint_every_steps: save every so many steps, and at the end.
     checkpoints_to_keep: older checkpoints are deleted.
@@ -412,6 +437,7 @@ class TrainConfig:
 
   num_steps: int = 100
   expected_batch_size: int = 256
+  views_per_example: int = 1
   eval_every_steps: int = 20
   checkpoint_every_steps: int = 20
   checkpoints_to_keep: int = 2
@@ -438,7 +464,7 @@ class PerfConfig:
 
   Attributes:
     engine: how the clipped sum is computed.
-    microbatch_size: examples per compiled call.
+    microbatch_size: privacy units per compiled call.
     data_threads: threads that decode and batch.
     prefetch_steps: steps of data kept ready.
   """
@@ -532,6 +558,7 @@ def validate(config: ExperimentConfig) -> None:
   """
   _validate_privacy(config.privacy)
   _validate_account(config.account)
+  _validate_units(config)
   _validate_data(config)
   _validate_model(config)
   _validate_training(config)
@@ -581,11 +608,67 @@ def _validate_privacy(privacy: PrivacyConfig) -> None:
     )
   if privacy.max_batch_size is not None:
     checks.positive(**{"privacy.max_batch_size": privacy.max_batch_size})
-  if privacy.unit is not PrivacyUnit.EXAMPLE:
+  checks.positive(
+    **{
+      "privacy.normalize_stabilizer": privacy.normalize_stabilizer,
+      "privacy.clip_learning_rate": privacy.clip_learning_rate,
+      "privacy.max_records_per_user": privacy.max_records_per_user,
+    }
+  )
+  if privacy.clip_quantile is not None:
+    checks.in_open_unit_interval(
+      **{"privacy.clip_quantile": privacy.clip_quantile}
+    )
+  if privacy.clip_count_stddev is not None:
+    checks.positive(**{"privacy.clip_count_stddev": privacy.clip_count_stddev})
+
+
+def _validate_units(config: ExperimentConfig) -> None:
+  views = config.train.views_per_example
+  checks.positive(**{"train.views_per_example": views})
+  has_users = config.privacy.unit is PrivacyUnit.USER
+  if views > 1 and config.attention_noise.stddev == 0:
     checks.fail(
-      "privacy.unit=EXAMPLE",
-      "User-level units need records grouped by user, which no source has yet.",
-      **{"privacy.unit": privacy.unit.name},
+      "something that tells the views of an example apart",
+      "Equal views cost their number and change nothing. Set"
+      " --config.attention_noise.stddev, or one view.",
+      **{
+        "train.views_per_example": views,
+        "attention_noise.stddev": config.attention_noise.stddev,
+      },
+    )
+  if has_users and not config.data.user_pattern:
+    checks.fail(
+      "data.user_pattern to say whose each record is, for privacy.unit=USER",
+      "The digits have no users: use source IMAGE_FOLDER, and for files named"
+      " <user>_<number>.jpg --config.data.user_pattern='[^/]*/([^_]*)_.*'.",
+      **{
+        "data.source": config.data.source.name,
+        "data.user_pattern": config.data.user_pattern,
+      },
+    )
+  if not has_users and config.privacy.max_records_per_user != 1:
+    checks.fail(
+      "privacy.unit=USER with privacy.max_records_per_user",
+      "Set the unit, or leave the field alone.",
+      **{"privacy.max_records_per_user": config.privacy.max_records_per_user},
+    )
+  if not config.data.user_pattern:
+    return
+  if config.data.source is not Source.IMAGE_FOLDER:
+    checks.fail(
+      "data.user_pattern with source IMAGE_FOLDER alone",
+      **{"data.source": config.data.source.name},
+    )
+  try:
+    groups = re.compile(config.data.user_pattern).groups
+  except re.error as error:
+    groups = str(error)
+  if groups != 1:
+    checks.fail(
+      "data.user_pattern to be a regular expression with one group",
+      groups=groups,
+      **{"data.user_pattern": config.data.user_pattern},
     )
 
 

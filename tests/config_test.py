@@ -26,7 +26,13 @@ def test_defaults_of_the_tests_are_valid():
       config_lib.Sampler.TRUNCATED_POISSON,
       "privacy.max_batch_size=None",
     ),
-    ("privacy.unit", config_lib.PrivacyUnit.USER, "privacy.unit"),
+    ("privacy.unit", config_lib.PrivacyUnit.USER, "digits have no users"),
+    ("privacy.max_records_per_user", 3, "unit=USER with"),
+    ("privacy.clip_quantile", 1.0, "privacy.clip_quantile < 1"),
+    ("privacy.clip_count_stddev", 0.0, "clip_count_stddev > 0"),
+    ("privacy.normalize_stabilizer", 0.0, "normalize_stabilizer > 0"),
+    ("train.views_per_example", 0, "views_per_example > 0"),
+    ("data.user_pattern", "(.*)/.*", "source IMAGE_FOLDER alone"),
     ("data.image_channels", 2, r"1 \(grey\) or 3"),
     ("data.pixel_std", 0.0, "data.pixel_std > 0"),
     ("data.test_fraction", 1.0, "data.test_fraction < 1"),
@@ -81,3 +87,21 @@ def test_token_counts_follow_the_stems():
   assert tuple(counts) == config_lib.MODALITIES  # Their order in the stream.
   config.model.image = None
   assert config_lib.num_media_tokens(config) == {"audio": 3}
+
+
+def test_views_that_nothing_tells_apart_are_refused():
+  config = tiny.experiment(views_per_example=2)
+  config_lib.validate(config)
+  config.attention_noise.stddev = 0.0
+  with pytest.raises(ValueError, match="Equal views cost their number"):
+    config_lib.validate(config)
+
+
+@pytest.mark.parametrize("pattern", ["[^/]*/.*", "(a)(b)", "("])
+def test_a_user_pattern_has_one_group(pattern):
+  config = tiny.experiment()
+  config.data.source = config_lib.Source.IMAGE_FOLDER
+  config.data.path = "folder"
+  config.data.user_pattern = pattern
+  with pytest.raises(ValueError, match="regular expression with one group"):
+    config_lib.validate(config)

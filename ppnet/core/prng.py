@@ -23,6 +23,7 @@ class Stream(enum.IntEnum):
   ATTENTION_NOISE = 1
   DP_NOISE = 2
   EVAL_ATTENTION_NOISE = 3
+  CLIP_COUNT_NOISE = 4
 
 
 def root(seed: int) -> Key[Array, ""]:
@@ -61,3 +62,10 @@ def per_record(
   return jax.vmap(lambda i: jax.random.fold_in(stem_key, i))(
     index.astype(jnp.uint32)
   )
+
+
+def per_view(
+  keys: Key[Array, " B"], view: Int[Array, " B"]
+) -> Key[Array, " B"]:
+  """One key per view of a record, from the records' keys as stems."""
+  return jax.vmap(jax.random.fold_in)(keys, view.astype(jnp.uint32))

@@ -20,6 +20,7 @@ Batch = dict[str, np.ndarray]
 
 PADDING_KEY = "is_padding_example"
 INDEX_KEY = "index"
+VIEW_KEY = "view"
 NO_INDEX = -1
 
 

@@ -166,7 +166,12 @@ def open_source(
   prepare.check_same_config(card, config, prepared_dir=prepared_dir)
   source: sources.Source
   if config.source is config_lib.Source.IMAGE_FOLDER:
-    folder = sources.ImageFolderSource(config.path, split=split)
+    folder = sources.ImageFolderSource(
+      config.path,
+      split=split,
+      # Nobody's privacy depends on the test pictures.
+      user_pattern=config.user_pattern if split == "train" else "",
+    )
     if folder.class_names != card.class_names:
       checks.fail(
         f"{config.path} to have the classes it was prepared with,"
@@ -188,6 +193,59 @@ def open_source(
       num_records=len(source),
     )
   return source
+
+
+def records_by_user(
+  config: config_lib.ExperimentConfig, prepared_dir: str | os.PathLike[str]
+) -> tuple[np.ndarray, ...]:
+  """Groups the train split by user.
+
+  The number of users is public, like the number of records where the unit is a
+  record; who has how many records is not.
+
+  Returns:
+    For each user, in the order of their names, the positions of their records,
+    i64[records], increasing.
+
+  Raises:
+    ValueError: the source does not know whose a record is.
+  """
+  source = open_source(config.data, prepared_dir, split="train")
+  positions: dict[str, list[int]] = {}
+  for position in range(len(source)):
+    user = source.user(position)
+    if user is None:
+      checks.fail(
+        "every training record to belong to a user, for privacy.unit=USER",
+        "Set config.data.user_pattern, or privacy.unit=EXAMPLE.",
+        record=position,
+        source=source.description,
+      )
+    positions.setdefault(user, []).append(position)
+  return tuple(
+    np.array(positions[user], np.int64) for user in sorted(positions)
+  )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Users:
+  """How the records of a sampled user become rows.
+
+  Attributes:
+    records: of `records_by_user`.
+    max_records: rows of one user.
+    choose: (step, user, number of records) -> at most `max_records` places
+      among the user's records, increasing; depends on its arguments alone.
+  """
+
+  records: Sequence[np.ndarray]
+  max_records: int
+  choose: Callable[[int, int, int], np.ndarray]
+
+  def positions(self, step: int, user: int) -> np.ndarray:
+    """The records that stand for `user` in `step`."""
+    records = self.records[user]
+    return records[self.choose(step, user, len(records))]
 
 
 def examples(
@@ -377,27 +435,36 @@ def train_steps(
   microbatch_size: int,
   num_threads: int,
   prefetch_steps: int,
+  users: Users | None = None,
+  num_views: int = 1,
 ) -> grain.IterDataset:
   """Turns drawn positions into the microbatches of each step.
 
+  A drawn unit takes the same number of rows whatever it is, r, side by side:
+  one for an example, `num_views` for as many views of it, `users.max_records`
+  for a user, of which those without a record are padding.
+
   Args:
     dataset: of `examples`.
-    draw: step -> the positions of its examples, integers in strictly increasing
+    draw: step -> the positions of its units, integers in strictly increasing
       order, possibly none. Called from several threads and ahead of time, and
       again after a resume, so it must depend on the step alone.
     num_steps: number of steps.
-    microbatch_size: rows of one microbatch.
+    microbatch_size: units of one microbatch.
     num_threads: threads that make steps; 0 works in the caller's thread.
     prefetch_steps: steps kept ready.
+    users: whose records units are; None: a unit is an example.
+    num_views: times that each record is repeated; above 1, rows have a "view",
+      int32 from 0, that tells them apart.
 
   Returns:
     Steps in order. Element t is a dict of
 
     - step: t
-    - num_examples: n, the number drawn (a skipped bad record counts)
-    - microbatches: arrays [M, microbatch_size, ...], M = ceil(n /
-      microbatch_size), the examples in drawn order and then padding; M is 0
-      when none was drawn
+    - num_examples: n, the number of units drawn (a skipped bad record counts)
+    - microbatches: arrays [M, microbatch_size * r, ...], M = ceil(n /
+      microbatch_size), the units in drawn order and then padding; M is 0 when
+      none was drawn
 
     Its iterator has `get_state` and `set_state`, which resume exactly.
 
@@ -410,9 +477,15 @@ def train_steps(
     num_examples=len(dataset),
     num_steps=num_steps,
     microbatch_size=microbatch_size,
+    num_views=num_views,
   )
   steps = _Steps(
-    dataset, draw=draw, num_steps=num_steps, microbatch_size=microbatch_size
+    dataset,
+    draw=draw,
+    num_steps=num_steps,
+    microbatch_size=microbatch_size,
+    users=users,
+    num_views=num_views,
   )
   return grain.MapDataset.source(steps).to_iter_dataset(
     grain.ReadOptions(
@@ -431,34 +504,64 @@ class _Steps:
     draw: Callable[[int], np.ndarray],
     num_steps: int,
     microbatch_size: int,
+    users: Users | None,
+    num_views: int,
   ):
     self._dataset = dataset
     self._draw = draw
     self._num_steps = num_steps
     self._microbatch_size = microbatch_size
+    self._users = users
+    self._num_views = num_views
+    self._rows_per_unit = num_views * (users.max_records if users else 1)
 
   def __len__(self) -> int:
     return self._num_steps
 
   def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
     step = index.__index__()
-    positions = self._checked(self._draw(step), step=step)
-    drawn = [self._dataset[position] for position in positions]
+    drawn = self._checked(self._draw(step), step=step)
+    rows = [row for unit in drawn for row in self._rows(step, unit)]
     return {
       "step": step,
       "num_examples": len(drawn),
       "microbatches": batching.microbatches(
-        drawn,
-        microbatch_size=self._microbatch_size,
+        rows,
+        microbatch_size=self._microbatch_size * self._rows_per_unit,
         # An empty draw still has to know the shapes.
-        template=drawn[0] if drawn else self._dataset[0],
+        template=rows[0] if rows else self._views(0)[0],
       ),
     }
 
+  def _rows(self, step: int, unit: int) -> list[batching.Example]:
+    """The rows of a unit, padding last."""
+    if self._users is None:
+      return self._views(unit)
+    positions = self._users.positions(step, unit)
+    rows = [row for position in positions for row in self._views(position)]
+    missing = self._rows_per_unit - len(rows)
+    if missing < 0:
+      checks.fail(
+        f"at most {self._users.max_records} records of a user",
+        step=step,
+        records=len(positions),
+      )
+    return rows + [batching.padding_like(self._views(0)[0])] * missing
+
+  def _views(self, position: int) -> list[batching.Example]:
+    """The views of one record."""
+    example = self._dataset[int(position)]
+    if self._num_views == 1:
+      return [example]
+    return [
+      {**example, batching.VIEW_KEY: np.array(view, np.int32)}
+      for view in range(self._num_views)
+    ]
+
   def _checked(self, positions: np.ndarray, *, step: int) -> list[int]:
-    """Returns the positions, which must be a set within the data set."""
+    """Returns the positions, which must be a set among the units."""
     positions = np.asarray(positions)
-    size = len(self._dataset)
+    size = len(self._users.records if self._users else self._dataset)
     # A position beyond the end would wrap around, and one drawn twice would
     # count twice: both would break the guarantee without a sign.
     if positions.ndim != 1 or (
@@ -472,7 +575,7 @@ class _Steps:
     ):
       checks.fail(
         f"draw(step) to give increasing integers in [0, {size})",
-        "Return the sorted positions of this step's examples, each once.",
+        "Return the sorted positions of this step's units, each once.",
         step=step,
         positions=positions,
       )

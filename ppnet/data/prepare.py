@@ -38,7 +38,12 @@ CARD_NAME = "dataset.json"
 TOKENIZER_NAME = "tokenizer.model"
 
 # These do not change what is prepared.
-_FIELDS_THAT_MAY_DIFFER = ("on_bad_record", "cache", "prepared_dir")
+_FIELDS_THAT_MAY_DIFFER = (
+  "on_bad_record",
+  "cache",
+  "prepared_dir",
+  "user_pattern",
+)
 _TEMPORARY_PREFIX = ".unfinished-"
 _CARD_VERSION = 1
 
@@ -144,7 +149,7 @@ def check_same_config(
   """Raises `ValueError`, naming the fields, if the card is of another config.
 
   Fields that do not change what is prepared (`on_bad_record`, `cache`,
-  `prepared_dir`) may differ.
+  `prepared_dir`, `user_pattern`) may differ.
   """
   differing = workdirs.differences(card.data, _config_to_json(config))
   if differing:
@@ -220,6 +225,7 @@ def _prepare_digits(
       image=image.encode_png(digit_to_pixels(levels[index].reshape(8, 8))),
       audio=_key_tone(label, index, config=config),
       label=label,
+      user=None,
     )
 
   class_names = tuple(str(name) for name in np.unique(labels))

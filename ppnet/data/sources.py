@@ -11,6 +11,7 @@ written by PREPARE, and a folder of pictures read in place.
 
 import os
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Protocol, SupportsIndex, TypedDict
 
@@ -30,12 +31,14 @@ class Record(TypedDict):
     image: an encoded picture (PNG, JPEG, ...), or None.
     audio: an encoded recording (WAV, FLAC, ...), or None.
     label: position in the data set's class names.
+    user: whose record it is, where the source knows; None where it does not.
   """
 
   id: str
   image: bytes | None
   audio: bytes | None
   label: int
+  user: str | None
 
 
 class BadRecordError(ValueError):
@@ -62,6 +65,10 @@ class Source(Protocol):
 
   def __getitem__(self, index: SupportsIndex, /) -> Record:
     """The record at `index`, with 0 <= index < len(self)."""
+    ...
+
+  def user(self, index: SupportsIndex, /) -> str | None:
+    """Whose the record at `index` is, without decoding it; None: not known."""
     ...
 
   @property
@@ -94,6 +101,7 @@ def decode_record(content: bytes, *, fallback_id: str) -> Record:
       image=fields["image"],
       audio=fields["audio"],
       label=fields["label"],
+      user=fields.get("user"),  # Absent where there are no users.
     )
   except (ValueError, KeyError, TypeError, msgpack.UnpackException) as error:
     raise BadRecordError(
@@ -138,6 +146,10 @@ class ArrayRecordSource:
       ) from error
     return decode_record(content, fallback_id=name)
 
+  def user(self, index: SupportsIndex) -> str | None:
+    """Whose the record is; see `Source`."""
+    return self[index]["user"]
+
   @property
   def description(self) -> str:
     """The files' names and folder."""
@@ -154,12 +166,20 @@ class ImageFolderSource:
   file inside a class folder. There is no audio.
   """
 
-  def __init__(self, path: str | os.PathLike[str], *, split: str):
+  def __init__(
+    self,
+    path: str | os.PathLike[str],
+    *,
+    split: str,
+    user_pattern: str = "",
+  ):
     """Lists the files of one split; the other split is checked as well.
 
     Args:
       path: the folder that holds `train/` and `test/`.
       split: "train" or "test".
+      user_pattern: regular expression with one group, the user, that matches
+        all of "<class>/<file>"; empty where users are not known.
 
     Raises:
       ValueError: the folder, a split, or every class is missing, a class has
@@ -169,6 +189,7 @@ class ImageFolderSource:
       checks.fail(f"split to be one of {SPLITS}", split=split)
     self._path = pathlib.Path(path)
     self._split = split
+    self._user_pattern = user_pattern
     if not self._path.is_dir():
       checks.fail(
         "an existing folder",
@@ -204,7 +225,33 @@ class ImageFolderSource:
       raise BadRecordError(
         record_id, f"the file cannot be read ({error})."
       ) from error
-    return Record(id=record_id, image=content, audio=None, label=label)
+    return Record(
+      id=record_id,
+      image=content,
+      audio=None,
+      label=label,
+      user=self.user(index),
+    )
+
+  def user(self, index: SupportsIndex) -> str | None:
+    """Whose the picture is, from its name; see `Source`.
+
+    Raises:
+      ValueError: `user_pattern` does not match the file's name.
+    """
+    if not self._user_pattern:
+      return None
+    _, class_name, file_name = self._files[index.__index__()]
+    name = f"{class_name}/{file_name}"
+    found = re.fullmatch(self._user_pattern, name)
+    if found is None or not found.group(1):
+      checks.fail(
+        "config.data.user_pattern to find the user of every picture",
+        "A picture that belongs to nobody would be protected as nobody's.",
+        picture=f"{self._split}/{name}",
+        user_pattern=self._user_pattern,
+      )
+    return found.group(1)
 
   @property
   def description(self) -> str:

@@ -11,10 +11,20 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
 import optax
 
 from ppnet import config as config_lib
-from ppnet.privacy import accounting, clipping, noise, parts, sampling
+from ppnet.privacy import (
+  accounting,
+  adaptive,
+  clip_rules,
+  clipping,
+  noise,
+  parts,
+  sampling,
+  user_records,
+)
 from ppnet.privacy import participation as participation_lib
 
 
@@ -24,13 +34,15 @@ class Mechanism:
 
   *Formal guarantee.* If `has_guarantee`, a run that for each step t
 
-  1. takes the examples `sampler.draw(t)`, and no others,
+  1. takes the units `sampler.draw(t)`, and no others, each in `rows_per_unit`
+     rows of its own,
   2. sums their gradients through `clipped_grad_fn` (several calls add up),
-  3. passes the sum through `privatizer()` with a fresh key, once, and
-  4. uses nothing else that depends on the private examples
+  3. passes the sum through `privatizer()` with a fresh key, once, and the count
+     of `adaptive`, where there is one, through `next_clip_norm`, once, and
+  4. uses nothing else that depends on the private units
 
   is (`epsilon(T)`, `delta`)-DP after T steps, under `neighboring_relation`, for
-  one `unit`. The number of examples is treated as public. Whoever knows the
+  one `unit`. The number of units is treated as public. Whoever knows the
   sampler's root or the noise key is not covered.
 
   | edge case | result |
@@ -39,16 +51,27 @@ class Mechanism:
   | sampler or noise seeded | epsilon as usual; `claim` says "seeded" |
 
   Attributes:
-    sampler: draws the indices of each step.
+    sampler: draws the indices of each step's units.
     sampler_name: what the claim calls it.
     num_steps: planned number of steps.
     expected_batch_size: public divisor of the noisy sum.
-    noise_multiplier: noise standard deviation over sensitivity; 0 if no noise
-      is added.
-    noise_stddev: standard deviation of the noise on the sum.
-    sensitivity: of the sum, under `neighboring_relation`; inf if unbounded.
-    l2_clip_norm: bound on each unit's gradient (PER_EXAMPLE clipping).
+    noise_multiplier: noise standard deviation over sensitivity, of all that a
+      step releases; what is accounted for. 0 if no noise is added.
+    noise_stddev: standard deviation of the noise on the sum: the multiplier
+      times the sensitivity, and more where a count has its part of the budget.
+    sensitivity: of the sum, under `neighboring_relation`; inf if unbounded. In
+      units of the clip norm where that follows a quantile.
+    l2_clip_norm: bound on each unit's gradient (PER_EXAMPLE clipping), the
+      first where it follows a quantile.
     clipping: what is clipped.
+    clip_rule: how it is clipped.
+    clip_scope: what one norm is taken over.
+    stabilizer: gamma of NORMALIZE.
+    adaptive: how the clip norm follows a quantile; None where it is fixed.
+    records: which records of a sampled user are taken; None where the unit is
+      an example.
+    rows_per_unit: rows of the batch that stand for one unit.
+    unit_reduction: of their gradients.
     engine: how the sum is computed.
     delta: probability that the guarantee fails.
     epsilon_budget: target that the noise was calibrated to, or None.
@@ -71,6 +94,13 @@ class Mechanism:
   sensitivity: float
   l2_clip_norm: float
   clipping: config_lib.Clipping
+  clip_rule: config_lib.ClipRule
+  clip_scope: config_lib.ClipScope
+  stabilizer: float
+  adaptive: adaptive.AdaptiveClip | None
+  records: user_records.RecordChooser | None
+  rows_per_unit: int
+  unit_reduction: config_lib.UnitReduction
   engine: config_lib.Engine
   delta: float
   epsilon_budget: float | None
@@ -99,32 +129,55 @@ class Mechanism:
     *,
     has_aux: bool = False,
     microbatch_size: int | None = None,
+    params: Any = None,
+    num_stacked_axes: Any = None,
   ) -> clipping.GradFn:
     """Returns the gradient callable whose sum `privatizer` protects.
 
     Under `Clipping.BATCH` it leaves the sum alone, since it may see only a part
-    of the batch; `finish_sum` clips the total.
+    of the batch; `finish_sum` clips the total. Where the clip norm follows a
+    quantile, call it with that as `scale`: the sum is in its units.
 
     Args:
       loss_fn: see `clipping.clipped_grad`.
       has_aux: whether `loss_fn` returns aux.
-      microbatch_size: examples whose gradients are held at once.
+      microbatch_size: units whose gradients are held at once.
+      params: the parameters or their shapes; read under PER_LAYER.
+      num_stacked_axes: see `clip_rules.equal_layer_norms`; None makes one layer
+        of every parameter.
     """
-    if self.clipping is config_lib.Clipping.PER_EXAMPLE:
-      return clipping.clipped_grad(
+    rows: dict[str, Any] = {
+      "microbatch_size": microbatch_size,
+      "has_aux": has_aux,
+      "rows_per_unit": self.rows_per_unit,
+      "unit_reduction": self.unit_reduction,
+    }
+    if self.clipping is not config_lib.Clipping.PER_EXAMPLE:
+      return clipping.unprotected_grad(
         loss_fn,
+        clipping=config_lib.Clipping.NONE,
         l2_clip_norm=self.l2_clip_norm,
-        engine=self.engine,
-        microbatch_size=microbatch_size,
-        has_aux=has_aux,
+        **rows,
       )
-    return clipping.unprotected_grad(
+    bounds: Any = 1.0 if self.adaptive else self.l2_clip_norm
+    if self.clip_scope is config_lib.ClipScope.PER_LAYER and params is not None:
+      bounds = clip_rules.equal_layer_norms(
+        params, l2_clip_norm=bounds, num_stacked_axes=num_stacked_axes
+      )
+    fn = clipping.clipped_grad(
       loss_fn,
-      clipping=config_lib.Clipping.NONE,
-      l2_clip_norm=self.l2_clip_norm,
-      microbatch_size=microbatch_size,
-      has_aux=has_aux,
+      l2_clip_norm=bounds,
+      engine=self.engine,
+      clip_rule=self.clip_rule,
+      clip_scope=self.clip_scope,
+      stabilizer=self.stabilizer,
+      **rows,
     )
+    found = fn.sensitivity(self.neighboring_relation)
+    assert math.isclose(found, self.sensitivity, rel_tol=1e-9), (
+      f"The noise was scaled to {self.sensitivity}, the sum moves by {found}."
+    )
+    return fn
 
   def finish_sum(self, grad_sum: Any, *, num_examples: Any) -> Any:
     """Last step on the total of a batch, before the noise.
@@ -133,7 +186,7 @@ class Mechanism:
 
     Args:
       grad_sum: sum over the whole batch, float32 leaves.
-      num_examples: number of real examples in it, a scalar array.
+      num_examples: number of units in it, a scalar array.
     """
     if self.clipping is config_lib.Clipping.BATCH:
       return clipping.clip_batch_mean(
@@ -144,6 +197,41 @@ class Mechanism:
   def privatizer(self) -> optax.GradientTransformationExtraArgs:
     """Returns the transformation that adds the noise."""
     return noise.gaussian_privatizer(noise_stddev=self.noise_stddev)
+
+  @property
+  def initial_clip_norm(self) -> float | None:
+    """The clip norm that a run starts with, or None where it is fixed."""
+    return self.adaptive.initial_clip_norm if self.adaptive else None
+
+  def next_clip_norm(
+    self, clip_norm: jax.Array, count: jax.Array, *, noise_key: jax.Array
+  ) -> jax.Array:
+    """Releases the count of a step and moves the clip norm, f32[].
+
+    Args:
+      clip_norm: of the step.
+      count: `adaptive.centred_count` over the whole batch. Private.
+      noise_key: of this release alone.
+    """
+    assert self.adaptive is not None, "The clip norm is fixed."
+    tx = noise.gaussian_privatizer(noise_stddev=self.adaptive.count_stddev)
+    released, _ = tx.update(count, tx.init(count), noise_key=noise_key)
+    (noisy,) = jax.tree.leaves(released)
+    return self.adaptive.next_clip_norm(clip_norm, noisy)
+
+  def reported_clip_norm(self, clip_norm: Any) -> float | None:
+    """The bound that norms are compared with in records; None without one.
+
+    Args:
+      clip_norm: of the step, where it follows a quantile.
+    """
+    if (self.clipping, self.clip_rule, self.clip_scope) != (
+      config_lib.Clipping.PER_EXAMPLE,
+      config_lib.ClipRule.CLIP,
+      config_lib.ClipScope.FLAT,
+    ):
+      return None
+    return self.l2_clip_norm if clip_norm is None else float(clip_norm)
 
   def epsilon(self, num_steps: int) -> float:
     """Exact epsilon after `num_steps`; inf without a guarantee."""
@@ -183,6 +271,13 @@ class Mechanism:
       "sensitivity": self.sensitivity,
       "l2_clip_norm": self.l2_clip_norm,
       "clipping": self.clipping.name,
+      "clip_rule": self.clip_rule.name,
+      "clip_scope": self.clip_scope.name,
+      "clip_quantile": self.adaptive.quantile if self.adaptive else None,
+      "clip_count_stddev": (
+        self.adaptive.count_stddev if self.adaptive else None
+      ),
+      "rows_per_unit": self.rows_per_unit,
       "num_examples": self.sampler.num_examples,
       "expected_batch_size": self.expected_batch_size,
       "num_steps": self.num_steps,
@@ -222,11 +317,26 @@ class Mechanism:
       caveat = ", except towards whoever knows the seed of the " + (
         " and the ".join(seeded)
       )
+    unit = f"training {self.unit.value}"
+    how = [
+      f"{self.sampler_name} sampling",
+      f"{self.accountant.name} accountant",
+    ]
+    if self.unit is config_lib.PrivacyUnit.USER:
+      unit += " with all their records"
+      how.append(f"at most {self.rows_per_unit} records of a user in a step")
+    elif self.rows_per_unit > 1:
+      how.append(f"the mean gradient of {self.rows_per_unit} views clipped")
+    if self.clip_rule is config_lib.ClipRule.NORMALIZE:
+      how.append("normalised gradients")
+    if self.clip_scope is config_lib.ClipScope.PER_LAYER:
+      how.append("each layer clipped")
+    if self.adaptive:
+      how.append("a clip norm that adapts, its noisy counts included")
     return (
       f"{num_steps} steps are ({self.epsilon(num_steps):.4g},"
       f" {self.delta:.4g})-differentially private with respect to {relation}"
-      f" training {self.unit.value}{place} ({self.sampler_name} sampling,"
-      f" {self.accountant.name} accountant){caveat}."
+      f" {unit}{place} ({', '.join(how)}){caveat}."
     )
 
 
@@ -236,7 +346,7 @@ def build(
   *,
   sampler_root: int | None = None,
 ) -> Mechanism:
-  """Builds the mechanism of an experiment on `num_examples` examples.
+  """Builds the mechanism of an experiment on `num_examples` privacy units.
 
   *Formal guarantee.* See `Mechanism`. Where the config names an epsilon, the
   noise is calibrated so that `epsilon(num_steps)` is at most that, and at least
@@ -247,11 +357,13 @@ def build(
   | `privacy.enabled` False | same sampler, no clipping, no noise |
   | a clipping ablation | the noise of the row it is compared with |
   | `privacy.noise` False | noise multiplier 0 |
-  | unit USER | `ValueError`: not supported yet |
+  | unit USER | N, batch size and sampling are of users |
+  | a clip norm that follows a quantile | the count is paid from the budget |
 
   Args:
     config: the experiment; `privacy`, `train` and `perf.engine` are read.
-    num_examples: size of the training set; treated as public.
+    num_examples: size of the training set in units, examples or users; treated
+      as public.
     sampler_root: 128 secret bits that all hosts agree on. None takes them from
       `privacy.sampler_seed`, or else from this machine's entropy.
 
@@ -261,17 +373,25 @@ def build(
   """
   privacy = config.privacy
   parts.check(config, num_examples)
-  sampler = parts.sampler(config, num_examples, sampler_root)
+  root = parts.sampler_root(config, sampler_root)
+  sampler = parts.sampler(config, num_examples, root)
   why_not = parts.why_no_guarantee(privacy)
   has_noise = privacy.enabled and privacy.noise
   noise_multiplier = 0.0
   if has_noise:
     noise_multiplier = parts.noise_multiplier(config, sampler.participation)
   clip = privacy.clipping if privacy.enabled else config_lib.Clipping.NONE
-  bounded = (
-    parts.per_example_sensitivity(privacy) if privacy.enabled else math.inf
-  )
+  bounded = parts.clipped_sensitivity(privacy) if privacy.enabled else math.inf
   has_bound = clip is config_lib.Clipping.PER_EXAMPLE
+  is_user = privacy.unit is config_lib.PrivacyUnit.USER
+  follows = parts.adaptive_clip(config, noise_multiplier)
+  grad_noise_multiplier = noise_multiplier
+  if follows is not None:
+    grad_noise_multiplier = adaptive.grad_noise_multiplier(
+      noise_multiplier,
+      count_stddev=follows.count_stddev,
+      neighboring_relation=privacy.neighboring_relation,
+    )
   return Mechanism(
     sampler=sampler,
     sampler_name=privacy.sampler.name,
@@ -280,10 +400,29 @@ def build(
     noise_multiplier=noise_multiplier,
     # A clipping ablation has no finite sensitivity to scale by. It gets the
     # noise of the run it is compared with, so that only the clipping differs.
-    noise_stddev=noise_multiplier * bounded if has_noise else 0.0,
+    noise_stddev=grad_noise_multiplier * bounded if has_noise else 0.0,
     sensitivity=bounded if has_bound else math.inf,
     l2_clip_norm=float(privacy.l2_clip_norm),
     clipping=clip,
+    clip_rule=privacy.clip_rule,
+    clip_scope=privacy.clip_scope,
+    stabilizer=float(privacy.normalize_stabilizer),
+    adaptive=follows,
+    records=(
+      user_records.RecordChooser(
+        max_records=privacy.max_records_per_user, root=root
+      )
+      if is_user
+      else None
+    ),
+    rows_per_unit=(
+      privacy.max_records_per_user
+      if is_user
+      else config.train.views_per_example
+    ),
+    unit_reduction=(
+      config_lib.UnitReduction.SUM if is_user else config_lib.UnitReduction.MEAN
+    ),
     engine=config.perf.engine,
     delta=float(privacy.delta),
     epsilon_budget=None if why_not else privacy.epsilon,

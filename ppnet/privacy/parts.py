@@ -9,7 +9,13 @@ from typing import Any
 
 from ppnet import config as config_lib
 from ppnet.core import checks
-from ppnet.privacy import accounting, clipping, sampling
+from ppnet.privacy import (
+  accounting,
+  adaptive,
+  clip_rules,
+  clipping,
+  sampling,
+)
 from ppnet.privacy import participation as participation_lib
 
 # Domains of `sampling.root_from_seed`; append only. They keep a config that
@@ -54,12 +60,29 @@ def check(config: config_lib.ExperimentConfig, num_examples: int) -> None:
     )
   if not privacy.enabled:
     return
-  if privacy.unit is not config_lib.PrivacyUnit.EXAMPLE:
+  if (
+    privacy.unit is config_lib.PrivacyUnit.USER
+    and config.train.views_per_example > 1
+  ):
     checks.fail(
-      "privacy.unit EXAMPLE",
-      "Clipping per user is not supported yet: without it the claim would"
-      " cover one example of a user, not the user.",
-      unit=privacy.unit.name,
+      "one view per example where the unit is a user",
+      "Set --config.train.views_per_example=1.",
+      views_per_example=config.train.views_per_example,
+    )
+  if privacy.clip_quantile is not None and (
+    privacy.clipping is not config_lib.Clipping.PER_EXAMPLE
+    or privacy.clip_rule is not config_lib.ClipRule.CLIP
+    or privacy.clip_scope is not config_lib.ClipScope.FLAT
+  ):
+    checks.fail(
+      "clipping PER_EXAMPLE, clip_rule CLIP and clip_scope FLAT where the clip"
+      " norm follows a quantile",
+      "The budget of the count is known for those alone. Set"
+      " --config.privacy.clip_quantile=none.",
+      clip_quantile=privacy.clip_quantile,
+      clipping=privacy.clipping.name,
+      clip_rule=privacy.clip_rule.name,
+      clip_scope=privacy.clip_scope.name,
     )
   checks.positive(l2_clip_norm=privacy.l2_clip_norm)
   checks.in_open_unit_interval(delta=privacy.delta)
@@ -82,33 +105,37 @@ def check(config: config_lib.ExperimentConfig, num_examples: int) -> None:
     )
 
 
+def sampler_root(config: config_lib.ExperimentConfig, given: int | None) -> int:
+  """The secret of the batches: given, from the config's seed, or entropy."""
+  if given is not None:
+    return given
+  seed = config.privacy.sampler_seed
+  if seed is None:
+    return sampling.root_from_entropy()
+  return sampling.root_from_seed(seed, domain=_SAMPLER_DOMAIN)
+
+
 def sampler(
   config: config_lib.ExperimentConfig,
   num_examples: int,
-  sampler_root: int | None,
+  root: int,
 ) -> sampling.Sampler:
   """The sampler that the config names.
 
   Args:
     config: the experiment.
-    num_examples: size of the training set.
-    sampler_root: None takes the seed of the config, or else entropy.
+    num_examples: size of the training set, in units.
+    root: from `sampler_root`.
   """
   privacy, batch_size = config.privacy, config.train.expected_batch_size
   if privacy.sampler is config_lib.Sampler.FULL_BATCH:
     return sampling.FullBatchSampler(num_examples=num_examples)
-  if sampler_root is None:
-    sampler_root = (
-      sampling.root_from_entropy()
-      if privacy.sampler_seed is None
-      else sampling.root_from_seed(privacy.sampler_seed, domain=_SAMPLER_DOMAIN)
-    )
   match privacy.sampler:
     case config_lib.Sampler.POISSON:
       return sampling.PoissonSampler(
         num_examples=num_examples,
         sampling_prob=batch_size / num_examples,
-        root=sampler_root,
+        root=root,
       )
     case config_lib.Sampler.TRUNCATED_POISSON:
       assert privacy.max_batch_size is not None, "check wants one."
@@ -116,17 +143,17 @@ def sampler(
         num_examples=num_examples,
         sampling_prob=batch_size / num_examples,
         max_batch_size=privacy.max_batch_size,
-        root=sampler_root,
+        root=root,
       )
     case config_lib.Sampler.BALLS_IN_BINS:
       return sampling.BallsInBinsSampler(
         num_examples=num_examples,
         num_bins=max(round(num_examples / batch_size), 1),
-        root=sampler_root,
+        root=root,
       )
     case config_lib.Sampler.SHUFFLE:
       return sampling.ShuffleSampler(
-        num_examples=num_examples, batch_size=batch_size, root=sampler_root
+        num_examples=num_examples, batch_size=batch_size, root=root
       )
   checks.fail("a sampler that an accountant covers", sampler=privacy.sampler)
 
@@ -156,11 +183,37 @@ def noise_multiplier(
   )
 
 
-def per_example_sensitivity(privacy: config_lib.PrivacyConfig) -> float:
-  """Sensitivity of the per-example clipped sum, from the callable itself."""
+def clipped_sensitivity(privacy: config_lib.PrivacyConfig) -> float:
+  """Sensitivity of the clipped sum, from the callable itself."""
+  follows = privacy.clip_quantile is not None
   return clipping.clipped_grad(
-    _no_loss, l2_clip_norm=float(privacy.l2_clip_norm)
+    _no_loss,
+    l2_clip_norm=1.0 if follows else float(privacy.l2_clip_norm),
+    clip_rule=privacy.clip_rule,
+    clip_scope=privacy.clip_scope,
+    stabilizer=float(privacy.normalize_stabilizer),
   ).sensitivity(privacy.neighboring_relation)
+
+
+def adaptive_clip(
+  config: config_lib.ExperimentConfig, noise_multiplier: float
+) -> adaptive.AdaptiveClip | None:
+  """How the clip norm follows a quantile, if it does."""
+  privacy = config.privacy
+  if not privacy.enabled or privacy.clip_quantile is None:
+    return None
+  clip_rules.check_clip_norm(float(privacy.l2_clip_norm))
+  size = config.train.expected_batch_size
+  stddev = privacy.clip_count_stddev
+  if stddev is None:
+    stddev = size / 20  # As Andrew et al. 2021 have it.
+  return adaptive.AdaptiveClip(
+    initial_clip_norm=float(privacy.l2_clip_norm),
+    quantile=privacy.clip_quantile,
+    learning_rate=privacy.clip_learning_rate,
+    expected_batch_size=size,
+    count_stddev=float(stddev) if noise_multiplier > 0 else 0.0,
+  )
 
 
 def _no_loss(params: Any, batch: Any) -> Any:

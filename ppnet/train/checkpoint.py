@@ -94,8 +94,11 @@ class Checkpoints:
 
 def _as_dict(state: state_lib.TrainState) -> dict[str, Any]:
   """Plain names on disk, independent of the Python class."""
-  return {
+  plain = {
     "step": state.step,
     "params": state.params,
     "opt_state": state.opt_state,
   }
+  if state.clip_norm is not None:
+    plain["clip_norm"] = state.clip_norm
+  return plain

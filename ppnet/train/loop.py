@@ -48,6 +48,7 @@ class Experiment:
     datasets: the examples of each split, opened once, so that what one
       evaluation decoded the next one finds.
     bad_records: counts what could not be decoded.
+    users: whose records are whose; None where the unit is an example.
   """
 
   config: config_lib.ExperimentConfig
@@ -58,6 +59,7 @@ class Experiment:
   program: program_lib.Program
   datasets: Mapping[str, Any]
   bad_records: pipeline.BadRecords
+  users: pipeline.Users | None
 
   def claimed(self, charged_steps: int) -> dict[str, Any]:
     """What a record of this run says of its privacy, after so many charges."""
@@ -72,6 +74,9 @@ class Experiment:
         "neighboring_relation",
         "accountant",
         "unit",
+        "clip_rule",
+        "clip_scope",
+        "clip_quantile",
       )
     } | {
       "epsilon": self.mechanism.epsilon_after(charged_steps),
@@ -101,7 +106,12 @@ def open_experiment(
   """
   folder = prepared_dir(config, workdir)
   card = prepare.prepare(config.data, folder)
-  mechanism = mechanism_lib.build(config, card.num_train)
+  by_user = None
+  if config.privacy.unit is config_lib.PrivacyUnit.USER:
+    by_user = pipeline.records_by_user(config, folder)
+  mechanism = mechanism_lib.build(
+    config, card.num_train if by_user is None else len(by_user)
+  )
   tokenizer = text.Tokenizer.load(
     folder / prepare.TOKENIZER_NAME, class_names=card.class_names
   )
@@ -134,6 +144,15 @@ def open_experiment(
       for split in sources.SPLITS
     },
     bad_records=bad_records,
+    users=(
+      None
+      if by_user is None or mechanism.records is None
+      else pipeline.Users(
+        records=by_user,
+        max_records=mechanism.records.max_records,
+        choose=mechanism.records.choose,
+      )
+    ),
   )
 
 
@@ -250,6 +269,8 @@ class _Run:
         microbatch_size=config.perf.microbatch_size,
         num_threads=config.perf.data_threads,
         prefetch_steps=config.perf.prefetch_steps,
+        users=experiment.users,
+        num_views=config.train.views_per_example,
       )
     )
     self.state, self._ledger = self._start()
@@ -346,6 +367,7 @@ class _Run:
         program.put_batch(microbatch),
         program.root_key,
         self.state.step,
+        self.state.clip_norm,
       )
       parts.append(part)
     self.state, scalars = program.update(self.state, grad_sum, self._noise_key)
@@ -362,9 +384,7 @@ class _Run:
     row = metrics.step_metrics(
       parts,
       scalars,
-      l2_clip_norm=(
-        self._mechanism.l2_clip_norm if self._clips_each_example else None
-      ),
+      l2_clip_norm=self._mechanism.reported_clip_norm(scalars.get("clip_norm")),
       consistency_weight=noise.consistency_weight if noise.stddev else 0.0,
     )
     self._check_finite(row, scalars, step=step + 1)
@@ -378,6 +398,11 @@ class _Run:
         "learning_rate": float(scalars["learning_rate"]),
         "examples_per_sec": rate,
       }
+      | (
+        {"clip_norm": float(scalars["clip_norm"])}
+        if "clip_norm" in scalars
+        else {}
+      )
       | row
     )
     loss = row["nonprivate/loss/total"]
@@ -470,6 +495,7 @@ class _Run:
       **self._experiment.claimed(self._ledger.charged_steps),
       "expected_batch_size": self._mechanism.expected_batch_size,
       "num_train": self._experiment.card.num_train,
+      "num_units": self._mechanism.sampler.num_examples,
       "num_test": self._experiment.card.num_test,
       **metrics.totals(self._experiment.workdir),
       "bad_records": self._experiment.bad_records.causes,

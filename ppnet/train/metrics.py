@@ -23,7 +23,7 @@ def step_metrics(
   l2_clip_norm: float | None,
   consistency_weight: float,
 ) -> dict[str, float | None]:
-  """Means over one step's real examples.
+  """Means over one step's real rows, and over its privacy units.
 
   Args:
     parts: one `step.PerExample` of NumPy arrays per microbatch; none for an
@@ -33,12 +33,16 @@ def step_metrics(
     consistency_weight: weight of the consistency term in the loss.
 
   Returns:
-    Flat dict; losses are None for an empty draw. A mean leaves out examples
-    that are not finite, and says how many there were.
+    Flat dict; losses are None for an empty draw. A mean leaves out units that
+    are not finite, and says how many there were. Batch size, norms and what is
+    clipped are of units, losses of rows.
   """
-  counted = _concatenate([part.counted for part in parts], bool)
+  rows = _concatenate([part.counted for part in parts], bool)
   nonfinite = _concatenate([part.is_nonfinite for part in parts], bool)
-  use = counted & ~nonfinite
+  per_unit = max(rows.size // max(nonfinite.size, 1), 1)
+  counted = rows.reshape(-1, per_unit).any(axis=1)
+  use_unit = counted & ~nonfinite
+  use = rows & np.repeat(~nonfinite, per_unit)
   loss = _concatenate([part.loss for part in parts], np.float32)
   task = _concatenate([part.terms["task"] for part in parts], np.float32)
   divergence = _concatenate(
@@ -55,7 +59,8 @@ def step_metrics(
     "nonprivate/nonfinite_examples": int((counted & nonfinite).sum()),
   }
   if parts and parts[0].grad_norm is not None:
-    norms = _concatenate([part.grad_norm for part in parts], np.float32)[use]
+    norms = _concatenate([part.grad_norm for part in parts], np.float32)
+    norms = norms[use_unit]
     for percent in (10, 50, 90):
       row[f"nonprivate/grad_norm/p{percent}"] = (
         float(np.percentile(norms, percent)) if norms.size else None

@@ -100,8 +100,18 @@ def build(
   model = multimodal.PPNet(config.model, dict(placeholder_ids))
   tx = optimizer.build(config.optimizer, config.train.num_steps)
   root_key = jax.device_put(prng.root(config.seed), rules_lib.replicated(mesh))
-  init_fn = functools.partial(_init, model=model, tx=tx, example=example)
+  init_fn = functools.partial(
+    _init,
+    model=model,
+    tx=tx,
+    example=example,
+    clip_norm=mechanism.initial_clip_norm,
+  )
   shardings = _state_shardings(model, tx, example, mesh=mesh, rules=rules)
+  if mechanism.initial_clip_norm is not None:
+    shardings = dataclasses.replace(
+      shardings, clip_norm=rules_lib.replicated(mesh)
+    )
   abstract_state = jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(
       leaf.shape, leaf.dtype, sharding=sharding
@@ -109,8 +119,9 @@ def build(
     jax.eval_shape(init_fn, root_key),
     shardings,
   )
+  replicated = rules_lib.replicated(mesh)
   sum_sharding = step_lib.GradSum(
-    total=shardings.params, num_examples=rules_lib.replicated(mesh)
+    total=shardings.params, num_units=replicated, count=replicated
   )
   loss_fn = losses.make_loss_fn(model, config.attention_noise)
   # Shardings of inputs travel with the arrays; outputs are pinned, so that no
@@ -127,7 +138,12 @@ def build(
     accumulate=jax.jit(
       functools.partial(
         step_lib.accumulate,
-        clipped_grad_fn=mechanism.clipped_grad_fn(loss_fn, has_aux=True),
+        clipped_grad_fn=mechanism.clipped_grad_fn(
+          loss_fn,
+          has_aux=True,
+          params=abstract_state.params,
+          num_stacked_axes=_num_stacked_axes(model, example),
+        ),
       ),
       donate_argnames="grad_sum",
       out_shardings=(sum_sharding, None),
@@ -158,11 +174,30 @@ def _init(
   model: multimodal.PPNet,
   tx: optax.GradientTransformation,
   example: Mapping[str, np.ndarray],
+  clip_norm: float | None,
 ) -> state_lib.TrainState:
   """Initial parameters and optimizer state; a function of the key alone."""
   params = nn.meta.unbox(_boxed_params(root_key, model=model, example=example))
   return state_lib.TrainState(
-    step=np.int32(0), params=params, opt_state=tx.init(params)
+    step=np.int32(0),
+    params=params,
+    opt_state=tx.init(params),
+    clip_norm=None if clip_norm is None else np.float32(clip_norm),
+  )
+
+
+def _num_stacked_axes(
+  model: multimodal.PPNet, example: Mapping[str, np.ndarray]
+) -> Any:
+  """How many leading axes of each parameter count layers."""
+  boxed = jax.eval_shape(
+    functools.partial(_boxed_params, model=model, example=example),
+    jax.eval_shape(lambda: prng.root(0)),
+  )
+  return jax.tree.map(
+    lambda box: int(getattr(box, "names", ())[:1] == ("layers",)),
+    boxed,
+    is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata),
   )
 
 

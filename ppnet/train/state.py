@@ -11,7 +11,7 @@ Leaf = Any
 
 @functools.partial(
   jax.tree_util.register_dataclass,
-  data_fields=["step", "params", "opt_state"],
+  data_fields=["step", "params", "opt_state", "clip_norm"],
   meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,8 +24,11 @@ class TrainState:
     step: steps taken, i32[].
     params: plain dict of float32 arrays.
     opt_state: optax state, of the noisy mean gradients only.
+    clip_norm: bound on a unit's gradient in the next step, f32[], where it
+      follows a quantile; a function of noisy releases. None where it is fixed.
   """
 
   step: Leaf
   params: Leaf
   opt_state: Leaf
+  clip_norm: Leaf = None

@@ -18,6 +18,7 @@ import optax
 from jaxtyping import Array, Float, Int, Key
 
 from ppnet.core import prng, trees
+from ppnet.privacy import adaptive
 from ppnet.privacy import mechanism as mechanism_lib
 from ppnet.train import losses as losses_lib
 from ppnet.train import state as state_lib
@@ -32,14 +33,16 @@ Leaf = Any
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PerExample:
-  """Exact values of a microbatch's examples: diagnostics, never released.
+  """Exact values of a microbatch: diagnostics, never released.
+
+  B rows make U privacy units of B / U rows each, side by side.
 
   Attributes:
     loss: total loss, f32[B].
     terms: its parts, f32[B] each.
-    grad_norm: norm before clipping, f32[B]; None where it is not computed.
-    counted: True for real examples, False for padding, bool[B].
-    is_nonfinite: the gradient or the loss was not finite, bool[B].
+    grad_norm: norm before clipping, f32[U]; None where it is not computed.
+    counted: True for real rows, False for padding, bool[B].
+    is_nonfinite: the gradient or a loss was not finite, bool[U].
   """
 
   loss: Leaf
@@ -51,7 +54,7 @@ class PerExample:
 
 @functools.partial(
   jax.tree_util.register_dataclass,
-  data_fields=["total", "num_examples"],
+  data_fields=["total", "num_units", "count"],
   meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,19 +63,23 @@ class GradSum:
 
   Attributes:
     total: float32, in the structure of the parameters.
-    num_examples: real examples in it, i32[]; private, and read by the
-      batch-clipping ablation alone.
+    num_units: units in it, i32[]; private, and read by the batch-clipping
+      ablation alone.
+    count: of units within the clip norm, centred, f32[]; private until there is
+      noise on it (`privacy.adaptive`). 0 where the clip norm is fixed.
   """
 
   total: Leaf
-  num_examples: Leaf
+  num_units: Leaf
+  count: Leaf
 
 
 def init_grad_sum(params: Any) -> GradSum:
   """The sum over no examples."""
   return GradSum(
     total=jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params),
-    num_examples=jnp.int32(0),
+    num_units=jnp.int32(0),
+    count=jnp.float32(0),
   )
 
 
@@ -82,6 +89,7 @@ def accumulate(
   microbatch: losses_lib.Batch,
   root_key: Key[Array, ""],
   step: Int[Array, ""],
+  clip_norm: Float[Array, ""] | None = None,
   *,
   clipped_grad_fn: Any,
 ) -> tuple[GradSum, PerExample]:
@@ -91,10 +99,11 @@ def accumulate(
     grad_sum: sum over the step's earlier microbatches.
     params: parameters, the same for all microbatches of a step.
     microbatch: arrays [B, ...] from `data.pipeline`, with "index" and
-      "is_padding_example".
-    root_key: root of the attention noise; the step and the record's number are
-      folded in, so the noise does not depend on how a batch is cut.
+      "is_padding_example", and with "view" where a record has several.
+    root_key: root of the attention noise; the step, the record's number and the
+      view's are folded in, so the noise does not depend on how a batch is cut.
     step: number of the step.
+    clip_norm: where it follows a quantile; gradients are summed in its units.
     clipped_grad_fn: from `privacy.mechanism`.
 
   Returns:
@@ -102,20 +111,30 @@ def accumulate(
   """
   stem = prng.stream(root_key, prng.Stream.ATTENTION_NOISE, step)
   keys = prng.per_record(stem, microbatch["index"])
+  if "view" in microbatch:
+    keys = prng.per_view(keys, microbatch["view"])
   batch = {
     name: microbatch[name]
     for name in microbatch
-    if name not in ("index", "is_padding_example", "label")
+    if name not in ("index", "is_padding_example", "label", "view")
   }
   out = clipped_grad_fn(
     params,
     batch | {"key": keys},
     is_padding_example=microbatch["is_padding_example"],
+    scale=clip_norm,
   )
   counted = ~microbatch["is_padding_example"]
+  units = counted.reshape(out.is_nonfinite.shape[0], -1).any(axis=1)
+  count = grad_sum.count
+  if clip_norm is not None:
+    count += adaptive.centred_count(
+      out.grad_norms, units & ~out.is_nonfinite, clip_norm=clip_norm
+    )
   grad_sum = GradSum(
     total=jax.tree.map(jnp.add, grad_sum.total, out.grad_sum),
-    num_examples=grad_sum.num_examples + counted.sum(),
+    num_units=grad_sum.num_units + units.sum(),
+    count=count,
   )
   return grad_sum, PerExample(
     loss=out.losses,
@@ -148,12 +167,13 @@ def update(
 
   Returns:
     The state after the step, and scalars: "learning_rate"; "params_finite";
-    and "dp_perturbation", the linear term <z, params> / expected_batch_size
+    "clip_norm", that of this step, where it follows a quantile (public); and
+    "dp_perturbation", the linear term <z, params> / expected_batch_size
     whose gradient is the noise (an exact diagnostic: whoever has it knows one
     direction of the noise).
   """
   clipped_sum = mechanism.finish_sum(
-    grad_sum.total, num_examples=grad_sum.num_examples
+    grad_sum.total, num_examples=grad_sum.num_units
   )
   privatizer = mechanism.privatizer()
   noisy_sum, _ = privatizer.update(
@@ -162,11 +182,22 @@ def update(
     state.params,
     noise_key=prng.stream(noise_key, prng.Stream.DP_NOISE, state.step),
   )
+  clip_norm = state.clip_norm
+  if clip_norm is not None:
+    clip_norm = mechanism.next_clip_norm(
+      clip_norm,
+      grad_sum.count,
+      noise_key=prng.stream(
+        noise_key, prng.Stream.CLIP_COUNT_NOISE, state.step
+      ),
+    )
   perturbation = trees.vdot(noisy_sum, state.params) - trees.vdot(
     clipped_sum, state.params
   )
   del grad_sum, clipped_sum  # Private. Nothing below may see them.
   size = mechanism.expected_batch_size
+  if state.clip_norm is not None:  # The sum is in its units.
+    size = size / state.clip_norm
   mean_grad = jax.tree.map(lambda g: g / size, noisy_sum)
   updates, opt_state = tx.update(mean_grad, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
@@ -175,9 +206,14 @@ def update(
     "dp_perturbation": perturbation / size,
     "params_finite": trees.all_finite(params),
   }
+  if state.clip_norm is not None:
+    scalars["clip_norm"] = state.clip_norm
   return (
     state_lib.TrainState(
-      step=state.step + 1, params=params, opt_state=opt_state
+      step=state.step + 1,
+      params=params,
+      opt_state=opt_state,
+      clip_norm=clip_norm,
     ),
     scalars,
   )

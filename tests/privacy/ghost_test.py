@@ -265,7 +265,7 @@ def test_a_gram_norm_is_not_below_the_true_one(loss_fn, engine):
   assert len(cases) > 100
   x, g = map(np.stack, zip(*cases, strict=True))
   norms = linear_fn(loss_fn, engine)(WEIGHT, {"x": x, "g": g}).grad_norms
-  off = norms / np.array([true_norm(*case) for case in cases]) - 1
+  off = np.float64(norms) / [true_norm(*case) for case in cases] - 1
   # The root of float32, and the sum with the bound, round once each.
   assert off.min() >= -2 * 2.0**-24
   assert off.max() <= 1e-5

@@ -279,7 +279,22 @@ def test_noise_root_is_fresh_unless_seeded_and_unlike_the_sampler_root():
     ),
     ({"delta": 1 / 900}, "delta < 1/num_examples.*allow_large_delta"),
     ({"delta": 1.0}, "0 < delta < 1"),
-    ({"unit": config_lib.PrivacyUnit.USER}, "not supported yet.*"),
+    (
+      {"clip_quantile": 0.5, "clip_rule": config_lib.ClipRule.NORMALIZE},
+      "budget of the count.*clip_quantile=none",
+    ),
+    (
+      {"clip_quantile": 0.5, "clip_scope": config_lib.ClipScope.PER_LAYER},
+      "clip_scope FLAT.*PER_LAYER",
+    ),
+    (
+      {"clip_quantile": 0.5, "clipping": config_lib.Clipping.BATCH},
+      "clipping PER_EXAMPLE.*BATCH",
+    ),
+    (
+      {"clip_quantile": 0.5, "clip_count_stddev": 1e-3},
+      "clip_count_stddev > .*costs more than the whole step",
+    ),
     ({"epsilon": None}, "exactly one of"),
     ({"noise_multiplier": 1.0}, "exactly one of"),
     ({"epsilon": None, "noise_multiplier": -1.0}, "noise_multiplier >= 0"),
@@ -336,3 +351,45 @@ def test_calibrated_run_fits_its_ledger_to_the_last_step(tmp_path, accountant):
     resumed_at_step=17,
   )
   # Fails if: epsilon is rounded up past the budget before the last step.
+
+
+def test_the_claim_names_the_unit_and_the_rule():
+  def guarantee(*, views=1, **privacy):
+    config = _config(**privacy)
+    config.train.views_per_example = views
+    return mechanism.build(config, _NUM_EXAMPLES).claim()["guarantee"]
+
+  plain = guarantee()
+  assert "training example (POISSON sampling, RDP accountant)" in plain
+  assert "training user with all their records" in guarantee(
+    unit=config_lib.PrivacyUnit.USER, max_records_per_user=4
+  )
+  assert "at most 4 records of a user in a step" in guarantee(
+    unit=config_lib.PrivacyUnit.USER, max_records_per_user=4
+  )
+  assert "normalised" in guarantee(clip_rule=config_lib.ClipRule.NORMALIZE)
+  assert "each layer" in guarantee(clip_scope=config_lib.ClipScope.PER_LAYER)
+  assert "noisy counts included" in guarantee(clip_quantile=0.5)
+  assert "mean gradient of 3 views" in guarantee(views=3)
+  # Fails if: a reader of the sentence takes users for examples.
+
+
+def test_user_units_scale_noise_and_sampling_by_users():
+  built = _build(
+    unit=config_lib.PrivacyUnit.USER, max_records_per_user=5, l2_clip_norm=0.7
+  )
+  alike = _build(l2_clip_norm=0.7)
+  assert built.rows_per_unit == built.records.max_records == 5
+  assert built.unit_reduction is config_lib.UnitReduction.SUM
+  assert built.sampling_prob == alike.sampling_prob == 0.1
+  assert built.noise_stddev == alike.noise_stddev
+  assert built.clipped_grad_fn(_loss_fn).sensitivity(
+    built.neighboring_relation
+  ) == pytest.approx(0.7)
+
+
+def test_users_and_views_do_not_mix():
+  config = _config(unit=config_lib.PrivacyUnit.USER)
+  config.train.views_per_example = 2
+  with pytest.raises(ValueError, match="one view per example"):
+    mechanism.build(config, _NUM_EXAMPLES)

@@ -69,7 +69,12 @@ def take(mechanism, batch, *, cut, state=None, noise_seed=3):
     padded["is_padding_example"][len(rows["x"]) :] = True
     padded["x"][len(rows["x"]) :] = 1e6  # Must not count.
     grad_sum, part = accumulate(
-      grad_sum, state.params, padded, prng.root(1), state.step
+      grad_sum,
+      state.params,
+      padded,
+      prng.root(1),
+      state.step,
+      state.clip_norm,
     )
     parts.append(part)
   update = jax.jit(
@@ -233,3 +238,72 @@ def test_the_train_state_holds_no_key():
     assert not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     assert leaf.dtype != jnp.uint32
   # Fails if: the noise key is kept in the optimizer's state.
+
+
+def test_an_adaptive_clip_norm_scales_the_step_and_moves_to_its_quantile():
+  mechanism = build(
+    noise=False, clip_quantile=0.5, clip_learning_rate=0.3, l2_clip_norm=1.0
+  )
+  batch = records(np.random.default_rng(9), 7)
+  for clip_norm in (0.5, 3.0):
+    state = dataclasses.replace(fresh_state(), clip_norm=jnp.float32(clip_norm))
+    new, scalars, _ = take(mechanism, batch, cut=3, state=state)
+    grads = np.concatenate([np.ones((7, 1)), batch["x"]], axis=1)
+    norms = np.linalg.norm(grads, axis=1)
+    factors = np.minimum(1.0, clip_norm / norms)[:, None]
+    total = (grads * factors).sum(axis=0)
+    expected = flat(fresh_state()) - LEARNING_RATE * total / 10
+    np.testing.assert_allclose(flat(new), expected, rtol=1e-4)
+    # The share is of the expected size, 10, around a half.
+    share = 0.5 + (np.sum(norms <= clip_norm) - 3.5) / 10
+    np.testing.assert_allclose(
+      new.clip_norm, clip_norm * np.exp(-0.3 * (share - 0.5)), rtol=1e-6
+    )
+    assert float(scalars["clip_norm"]) == clip_norm
+  # Fails if: padding is counted, the sum stays in units of the clip norm, or
+  # the count is divided by the realised size.
+
+
+def test_the_released_count_has_its_noise():
+  mechanism = build(
+    clip_quantile=0.5,
+    clip_learning_rate=1.0,
+    clip_count_stddev=4.0,
+    epsilon=None,
+    noise_multiplier=1.0,
+  )
+  state = dataclasses.replace(fresh_state(), clip_norm=jnp.float32(1.0))
+  update = jax.jit(
+    lambda key: (
+      step_lib.update(
+        state,
+        step_lib.init_grad_sum(state.params),
+        key,
+        mechanism=mechanism,
+        tx=TX,
+        learning_rate_fn=optax.constant_schedule(LEARNING_RATE),
+      )[0].clip_norm
+    )
+  )
+  moves = [-10 * np.log(update(prng.root(seed))) for seed in range(40)]
+  # 40 draws: three standard errors of the deviation and of the mean.
+  assert 0.65 < np.std(moves) / 4 < 1.35
+  assert abs(np.mean(moves)) < 3 * 4 / np.sqrt(40)
+  # Fails if: the count is released without noise, or with another one.
+
+
+def test_views_of_a_record_differ_and_are_averaged():
+  mechanism = build(noise=False, views_per_example=3)
+  batch = records(np.random.default_rng(10), 4)
+  repeated = {name: v.repeat(3, axis=0) for name, v in batch.items()}
+  repeated["view"] = np.tile(np.arange(3, dtype=np.int32), 4)
+  new, _, parts = take(mechanism, repeated, cut=6)
+  alone, _, _ = take(build(noise=False), batch, cut=4)
+  # A linear model: all views of a record have the same gradient.
+  np.testing.assert_allclose(flat(new), flat(alone), rtol=1e-5)
+  jitter = np.concatenate(
+    [np.asarray(part.terms["attention_consistency"]) for part in parts]
+  )
+  assert len(np.unique(jitter)) == 12
+  assert all(part.grad_norm.shape == (2,) for part in parts)
+  # Fails if: views share a key, or their gradients are summed.
