@@ -445,3 +445,74 @@ def test_evaluation_sees_every_record_once_in_order(count, size):
 def test_evaluation_batch_size_must_be_positive():
   with pytest.raises(ValueError, match="batch_size=0"):
     next(pipeline.eval_batches(_tiny(3), batch_size=0))
+
+
+def _users(records, max_records, choose=None):
+  return pipeline.Users(
+    records=[np.array(own) for own in records],
+    max_records=max_records,
+    choose=choose or (lambda step, user, n: np.arange(min(n, max_records))),
+  )
+
+
+def test_users_take_their_own_records_and_padding():
+  users = _users([[0, 3, 5], [1], [2, 4]], 2)
+  draw = lambda step: [np.array([0, 1]), np.array([], int), np.arange(3)][step]
+  steps = list(
+    _steps(_tiny(6), draw, num_steps=3, users=users, microbatch_size=2)
+  )
+  first, empty, last = (step["microbatches"] for step in steps)
+  assert first["index"].tolist() == [[0, 3, 1, -1]]
+  assert first["is_padding_example"].tolist() == [[False] * 3 + [True]]
+  assert empty["index"].shape == (0, 4)
+  assert last["index"].tolist() == [[0, 3, 1, -1], [2, 4, -1, -1]]
+  assert [step["num_examples"] for step in steps] == [2, 0, 3]
+  # Fails if: a user's rows are cut in two, or another one's fill them up.
+
+
+def test_a_position_that_is_no_user_is_refused():
+  users = _users([[0, 3, 5], [1], [2, 4]], 2)
+  with pytest.raises(ValueError, match=r"increasing integers in \[0, 3\)"):
+    list(_steps(_tiny(6), lambda step: np.array([3]), users=users))
+
+
+def test_too_many_records_of_a_user_are_refused():
+  users = _users([[0, 3, 5]], 2, choose=lambda step, user, n: np.arange(n))
+  with pytest.raises(ValueError, match="at most 2 records of a user"):
+    list(_steps(_tiny(6), lambda step: np.array([0]), users=users))
+
+
+def test_views_repeat_a_record_and_are_numbered():
+  steps = list(
+    _steps(_tiny(5), lambda step: np.array([1, 4]), num_views=3, num_steps=1)
+  )
+  batch = steps[0]["microbatches"]
+  assert batch["index"].tolist() == [[1] * 3 + [4] * 3 + [-1] * 6]
+  assert batch["view"].tolist() == [[0, 1, 2, 0, 1, 2] + [0] * 6]
+  assert batch["view"].dtype == np.int32
+
+
+def test_records_are_grouped_by_the_name_of_their_file(pets):
+  config, folder = pets
+  config.data.user_pattern = "[^/]*/([0-9]).png"
+  groups = pipeline.records_by_user(config, folder)
+  # Three cats and four dogs, numbered from 0: one of each, but for user 3.
+  assert [group.tolist() for group in groups] == [[0, 3], [1, 4], [2, 5], [6]]
+  config.data.user_pattern = "cat/([0-9]).png"
+  with pytest.raises(ValueError, match=r"user of every picture.*train/dog/0"):
+    pipeline.records_by_user(config, folder)
+
+
+def test_records_without_users_are_refused(digits_dir):
+  with pytest.raises(ValueError, match="belong to a user"):
+    pipeline.records_by_user(conftest.digits_config(), digits_dir)
+
+
+def test_array_records_keep_their_users(tmp_path):
+  record = sources.Record(id="a", image=b"", audio=None, label=1, user="eve")
+  path = tmp_path / "one.array_record"
+  writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+  writer.write(sources.encode_record(record))
+  writer.close()
+  source = sources.ArrayRecordSource([path])
+  assert source.user(0) == source[0]["user"] == "eve"

@@ -18,7 +18,13 @@ def _write_array_record(path, contents):
 
 
 def _record(i: int) -> sources.Record:
-  return {"id": f"r{i}", "image": bytes([i]), "audio": None, "label": i}
+  return {
+    "id": f"r{i}",
+    "image": bytes([i]),
+    "audio": None,
+    "label": i,
+    "user": None,
+  }
 
 
 def test_array_records_round_trip_over_two_files(tmp_path):

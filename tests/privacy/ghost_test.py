@@ -122,6 +122,25 @@ def network_case(*, num_rows, tokens, dim, wide, vocab, channels, layers, seed):
 def test_every_operation_matches_vmap(
   sizes, layers, seed, rows_per_unit, engine
 ):
+  check_every_operation(sizes, layers, seed, rows_per_unit, engine)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+@hypothesis.given(
+  sizes=st.permutations([2, 3, 5, 7, 11, 13]),
+  layers=st.integers(1, 3),
+  seed=st.integers(0, 99),
+  rows_per_unit=st.integers(1, 3),
+)
+@hypothesis.settings(derandomize=True, deadline=None, max_examples=8)
+def test_every_operation_matches_vmap_in_many_shapes(
+  sizes, layers, seed, rows_per_unit, engine
+):
+  check_every_operation(sizes, layers, seed, rows_per_unit, engine)
+
+
+def check_every_operation(sizes, layers, seed, rows_per_unit, engine):
   num_units, tokens, dim, wide, vocab, channels = sizes
   params, batch = network_case(
     num_rows=num_units * rows_per_unit,
@@ -194,6 +213,15 @@ def llama_loss(model, *, is_twice):
     ({"remat": True}, False, GHOST),
     # Every parameter is used by two applications: GHOST has nothing to probe.
     ({"tie_embeddings": True}, True, BOOKKEEPING),
+    *(
+      pytest.param(*case, marks=pytest.mark.slow)
+      for case in (
+        ({"remat": True}, False, BOOKKEEPING),
+        ({"remat": True, "tie_embeddings": True}, True, GHOST),
+        ({"tie_embeddings": True}, False, GHOST),
+        ({"num_layers": 3, "num_kv_heads": 4}, True, BOOKKEEPING),
+      )
+    ),
   ],
 )
 def test_llama_matches_vmap(changes, is_twice, engine):
@@ -417,7 +445,8 @@ def test_an_input_without_the_batch_axis_is_named():
   # Fails if: two positions pass for two examples.
 
 
-def test_frozen_weights_need_no_rule_and_unused_ones_get_zero():
+@pytest.mark.parametrize("rows_per_unit", [1, 2])
+def test_frozen_weights_need_no_rule_and_unused_ones_get_zero(rows_per_unit):
   base = jnp.ones((M, N))
 
   def loss_fn(params, batch, ops=PLAIN):
@@ -435,10 +464,11 @@ def test_frozen_weights_need_no_rule_and_unused_ones_get_zero():
     "down": normal(M, 2),
     "up": normal(2, N),
   }
-  batch = {"x": normal(3, T, M), "g": normal(3, T, N)}
-  expected = run(loss_fn, params, batch, engine=VMAP)
+  batch = {"x": normal(6, T, M), "g": normal(6, T, N)}
+  options = {"rows_per_unit": rows_per_unit}
+  expected = run(loss_fn, params, batch, engine=VMAP, **options)
   for engine in ENGINES:
-    result = run(loss_fn, params, batch, engine=engine)
+    result = run(loss_fn, params, batch, engine=engine, **options)
     assert_same(result, expected)
     assert not result.grad_sum["f"].any()
     assert not result.grad_sum["unused"].any()

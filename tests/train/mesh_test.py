@@ -1,0 +1,129 @@
+"""Every engine's clipped sum of the multimodal model, on one device and many.
+
+Eight devices are forced on the CPU (conftest.py). Parameters are laid out by
+the rules that the trainer uses, and the batch is spread over the mesh.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ppnet import config as config_lib
+from ppnet.models import multimodal
+from ppnet.privacy import clipping
+from ppnet.sharding import mesh as mesh_lib
+from ppnet.sharding import rules as rules_lib
+from ppnet.train import losses
+from tests import tiny
+
+PLACEHOLDERS = {"image": 4, "audio": 5}
+NUM_ROWS = 16
+AXES = ((8, 1, 1), (4, 2, 1), (2, 2, 2))
+OPTIONS = {"xla_backend_optimization_level": 0}  # Compiling is what this costs.
+
+
+@functools.cache
+def network(dtype=config_lib.ComputeDtype.FLOAT32):
+  """The model with attention noise and tied embeddings; a batch."""
+  config = tiny.experiment()
+  config.attention_noise.consistency_weight = 0.0  # One application.
+  decoder = config.model.decoder
+  decoder.tie_embeddings = True
+  decoder.compute_dtype = dtype
+  model = multimodal.PPNet(config.model, PLACEHOLDERS)
+  rng = np.random.default_rng(0)
+  tokens = np.array([1, 4, 4, 4, 4, 5, 5, 20, 21, 22], np.int32)
+  batch = {
+    "tokens": np.tile(tokens, (NUM_ROWS, 1)),
+    "targets": rng.integers(0, 96, (NUM_ROWS, 10)).astype(np.int32),
+    "loss_mask": np.tile(np.float32([0] * 6 + [1] * 4), (NUM_ROWS, 1)),
+    "image": np.float32(rng.normal(size=(NUM_ROWS, 8, 8, 1))),
+    "audio": np.float32(rng.normal(size=(NUM_ROWS, 24, 40))),
+  }
+  batch["image"][3] = np.nan
+  one = {name: jnp.asarray(value[:1]) for name, value in batch.items()}
+  init = lambda key: model.init(key, one["tokens"], media=losses.media(one))[
+    "params"
+  ]
+  boxed = jax.jit(init, compiler_options=OPTIONS)(jax.random.key(0))
+  loss_fn = losses.make_loss_fn(model, config.attention_noise)
+  return loss_fn, boxed, batch
+
+
+def clipped(engine, *, axes=None, dtype=config_lib.ComputeDtype.FLOAT32, **kw):
+  """The clipped sum; on a mesh if there are axes."""
+  loss_fn, boxed, batch = network(dtype)
+  params = nn.meta.unbox(boxed)
+  keys = jax.random.split(jax.random.key(1), NUM_ROWS)
+  padding = np.arange(NUM_ROWS) % 5 == 4
+  fn = jax.jit(
+    clipping.clipped_grad(
+      loss_fn, l2_clip_norm=0.5, engine=engine, has_aux=True, **kw
+    ),
+    compiler_options=OPTIONS,
+  )
+  if axes is None:
+    return fn(params, {**batch, "key": keys}, jnp.asarray(padding))
+  mesh = mesh_lib.build(
+    config_lib.MeshConfig(
+      **dict(zip(("data", "fsdp", "tensor"), axes, strict=True))
+    )
+  )
+  rules = rules_lib.Rules()
+  params = jax.device_put(params, rules.param_shardings(mesh, boxed))
+  rows = {**batch, "key": keys, "padding": padding}
+  rows = jax.device_put(rows, rules.batch_sharding(mesh))
+  return fn(params, rows, rows.pop("padding"))
+
+
+def flat(tree):
+  leaves = [np.ravel(np.float64(leaf)) for leaf in jax.tree.leaves(tree)]
+  return np.concatenate(leaves)
+
+
+reference = functools.cache(lambda **kw: clipped(config_lib.Engine.VMAP, **kw))
+
+
+@pytest.mark.parametrize(
+  ("engine", "axes", "rows_per_unit"),
+  [
+    (config_lib.Engine.BOOKKEEPING, (2, 2, 2), 2),
+    *(
+      pytest.param(engine, axes, rows, marks=pytest.mark.slow)
+      for engine in config_lib.Engine
+      for axes in AXES
+      for rows in (1, 2)
+    ),
+  ],
+)
+def test_the_sum_does_not_depend_on_the_mesh(engine, axes, rows_per_unit):
+  expected = reference(rows_per_unit=rows_per_unit)
+  result = clipped(engine, axes=axes, rows_per_unit=rows_per_unit)
+  got, want = flat(result.grad_sum), flat(expected.grad_sum)
+  assert np.linalg.norm(want) > 1
+  assert np.linalg.norm(got - want) <= 1e-5 * np.linalg.norm(want)
+  np.testing.assert_allclose(result.grad_norms, expected.grad_norms, rtol=1e-5)
+  np.testing.assert_array_equal(result.is_nonfinite, expected.is_nonfinite)
+  assert expected.is_nonfinite.sum() == 1
+  # Fails if: a device clips its own part of a unit, or a NaN crosses devices.
+
+
+def test_bfloat16_is_as_far_from_float32_as_the_reference_is():
+  """Weights, norms and sums are float32; only the network is not."""
+  truth = flat(reference(rows_per_unit=2).grad_sum)
+  options = {"dtype": config_lib.ComputeDtype.BFLOAT16, "rows_per_unit": 2}
+  by_vmap = reference(**options)
+  engine = clipped(config_lib.Engine.BOOKKEEPING, **options)
+  for result in (by_vmap, engine):
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(result.grad_sum))
+    assert result.grad_norms.dtype == jnp.float32
+  own_error = np.linalg.norm(flat(by_vmap.grad_sum) - truth)
+  assert own_error > 1e-4 * np.linalg.norm(truth)  # It is bfloat16.
+  assert np.linalg.norm(flat(engine.grad_sum) - truth) <= 1.5 * own_error
+  count = np.sum(np.asarray(engine.grad_norms) > 0)
+  assert np.linalg.norm(flat(engine.grad_sum)) <= 0.5 * count
+  # Fails if: norms or sums are accumulated in the compute dtype.
