@@ -163,6 +163,7 @@ class ClipRule:
           bounds=bound.shape,
           parameter=leaf.shape,
         )
+      check_clip_norm(float(np.min(bound)))  # Each, if C was split.
     return arrays
 
   def decide(
@@ -292,10 +293,10 @@ def _by_group(stats: ghost.Stats, groups: tuple[int, ...]) -> ghost.Stats:
   """From [*slices, U] to [*groups, U]; the slices begin with the groups."""
 
   def reduce(x):
-    num_units = x.shape[-1]
-    if x.ndim == 1 and groups:
-      # Either no operation uses the parameter, or none tells its slices apart.
-      x = x.reshape((1,) * len(groups) + x.shape)
+    *slices, num_units = x.shape
+    # No operation uses the parameter, or `ghost` refuses its bounds.
+    missing = max(len(groups) - len(slices), 0)
+    x = x.reshape(*slices, *(1,) * missing, num_units)
     x = jnp.sum(x, axis=tuple(range(len(groups), x.ndim - 1)))
     return jnp.broadcast_to(x, (*groups, num_units))
 

@@ -153,7 +153,7 @@ def clipped_grad(
   | float16 or bfloat16 parameters | clipped and summed in float32 |
   | B = 0 | a sum of zeros |
   | clip norm 0, infinite, NaN, or outside [1e-10, 1e15] | `ValueError` |
-  | a traced scale outside [1e-10 / C, 1e15 / C] | taken as the nearer end |
+  | a scale outside [1e-10 / smallest bound, 1e15 / C] | the nearer end |
 
   A unit with a bad row is dropped whole: engines see the sum over its rows, and
   the rows that are left were not what the loss was asked for.
@@ -346,9 +346,10 @@ class _PerUnitGrad:
           "Normalised gradients all have the same norm.",
           clip_rule=self.rule.rule.name,
         )
+      bounds = self.rule.group_bounds(params)
       scale = jnp.clip(
         jnp.asarray(scale, jnp.float32),
-        clip_rules.MIN_CLIP_NORM / self.rule.total,
+        clip_rules.MIN_CLIP_NORM / min(float(b.min()) for b in bounds),
         clip_rules.MAX_CLIP_NORM / self.rule.total,
       )
     return _in_microbatches(
@@ -445,7 +446,7 @@ def _vmap_engine(
       for leaf, bound in zip(leaves, rule.group_bounds(params), strict=True)
     ],
     params=params,
-    has_finite_loss=rows.finite_units(losses, padding),
+    has_finite_loss=rows.finite_units(losses),
     padding=rows.unit_padding(padding),
     scale=scale,
   )
@@ -505,7 +506,7 @@ def _tapped_engine(
   decision = rule.decide(
     out.stats,
     params=params,
-    has_finite_loss=rows.finite_units(out.losses, padding),
+    has_finite_loss=rows.finite_units(out.losses),
     padding=rows.unit_padding(padding),
     scale=scale,
   )
@@ -580,7 +581,7 @@ def _batch_sum(
     grad_norms=None,
     losses=losses,
     aux=_zero_padding(aux, padding) if has_aux else None,
-    is_nonfinite=~rows.finite_units(losses, padding),
+    is_nonfinite=~rows.finite_units(losses),
   )
 
 

@@ -198,9 +198,8 @@ def per_example(
   by_leaf: dict[int, Any] = {}
   for leaf in uses:
     if ways[leaf] is Way.KEEP:
-      by_leaf[leaf] = jnp.zeros(
-        _kept_shape(leaves[leaf], slices[leaf], num_units), jnp.float32
-      )
+      rest = leaves[leaf].shape[len(slices[leaf]) :]
+      by_leaf[leaf] = jnp.zeros((*slices[leaf], num_units, *rest))
     elif ways[leaf] is Way.PROBE:
       by_leaf[leaf] = _zero_stats((*slices[leaf], num_units))
   by_site = {
@@ -330,13 +329,6 @@ def _with_units(site: taps.Site, rows_per_unit: int) -> taps.Site:
   return dataclasses.replace(site, x=split(site.x), out=split(site.out))
 
 
-def _kept_shape(
-  leaf: jax.Array, slices: tuple[int, ...], num_units: int
-) -> tuple[int, ...]:
-  """[*slices, U, *slice]: every unit's own copy of a parameter."""
-  return (*slices, num_units, *leaf.shape[len(slices) :])
-
-
 def _zero_stats(shape: tuple[int, ...]) -> Stats:
   """Stats of nothing."""
   zeros = jnp.zeros(shape)
@@ -352,6 +344,13 @@ def _to_slices(weights: jax.Array, slices: tuple[int, ...]) -> jax.Array:
   """From [*leading slices, U, 2] to [*slices, U, 2]."""
   *given, num_units, two = weights.shape
   missing = len(slices) - len(given)
+  if missing < 0:
+    checks.fail(
+      "bounds for the slices that a scan takes of a parameter, at most",
+      "Give the parameter one bound, or use engine VMAP.",
+      bounds=tuple(given),
+      slices=slices,
+    )
   weights = weights.reshape(*given, *(1,) * missing, num_units, two)
   return jnp.broadcast_to(weights, (*slices, num_units, two))
 

@@ -62,9 +62,12 @@ class Rows:
     """Units of nothing but padding, bool[B] -> bool[U]."""
     return jnp.all(self.by_unit(padding), axis=1)
 
-  def finite_units(self, losses: jax.Array, padding: jax.Array) -> jax.Array:
-    """Units whose rows, but for padding, have finite losses, bool[U]."""
-    return jnp.all(self.by_unit(jnp.isfinite(losses) | padding), axis=1)
+  def finite_units(self, losses: jax.Array) -> jax.Array:
+    """Units all of whose losses are finite, bool[U].
+
+    The losses are of rows `without_padding`.
+    """
+    return jnp.all(self.by_unit(jnp.isfinite(losses)), axis=1)
 
   def without_padding(self, batch: PyTree, padding: jax.Array) -> PyTree:
     """Puts a row of the same unit in the place of every padding row.

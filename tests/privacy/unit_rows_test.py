@@ -67,7 +67,9 @@ def jitted(case, engine):
   fn = clipping.clipped_grad(
     loss_fn, engine=engine, rows_per_unit=R, **CASES[case]
   )
-  return fn, jax.jit(fn)
+  # Compiling is what these tests cost.
+  options = {"xla_backend_optimization_level": 0}
+  return fn, jax.jit(fn, compiler_options=options)
 
 
 def draw_batch(rng, *, sizes):
@@ -275,6 +277,15 @@ def test_batches_and_bounds_that_do_not_fit_are_named():
     )
   with pytest.raises(ValueError, match="like the parameters"):
     fn(l2_clip_norm={"w": 1.0}, clip_scope=PER_LAYER)(PARAMS, batch)
+  by_row = {"b": np.ones(K), "w": np.ones((L, M))}
+  with pytest.raises(ValueError, match="slices that a scan takes"):
+    fn(
+      l2_clip_norm=by_row,
+      clip_scope=PER_LAYER,
+      engine=config.Engine.BOOKKEEPING,
+    )(PARAMS, jax.tree.map(jnp.asarray, batch))
+  with pytest.raises(ValueError, match="l2_clip_norm >= 1e-10"):
+    fn(l2_clip_norm=1e-10, clip_scope=PER_LAYER)(PARAMS, batch)
   with pytest.raises(ValueError, match="l2_clip_norm > 0"):
     fn(l2_clip_norm=LAYERS | {"b": 0.0}, clip_scope=PER_LAYER)
   for bad in (0.0, 1e-10, np.nan, 1e16):
