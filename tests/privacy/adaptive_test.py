@@ -60,15 +60,20 @@ _size = st.sampled_from([0.0, 1e-6, 0.3, 1.0, 5.0, 1e6, np.nan])
 @hypothesis.given(
   sizes=st.lists(_size, min_size=5, max_size=5),
   clip_norm=st.sampled_from([1e-4, 0.3, 1.0, 40.0]),
+  is_opposite=st.booleans(),
   seed=st.integers(0, 2**32 - 1),
 )
-@hypothesis.example(sizes=[5.0] * 5, clip_norm=1.0, seed=0)
-@hypothesis.example(sizes=[5.0, 5.0, 5.0, 5.0, 0.0], clip_norm=1.0, seed=0)
+@hypothesis.example(sizes=[5.0] * 5, clip_norm=1.0, is_opposite=False, seed=0)
+@hypothesis.example(  # As far as two units can be: direction and count.
+  sizes=[5.0] * 4 + [0.999], clip_norm=1.0, is_opposite=True, seed=0
+)
 @hypothesis.settings(derandomize=True, deadline=None, max_examples=40)
 def test_both_releases_together_cost_what_is_accounted_for(
-  relation, sizes, clip_norm, seed
+  relation, sizes, clip_norm, is_opposite, seed
 ):
   rows = np.random.default_rng(seed).normal(size=(5, 5))
+  if is_opposite:
+    rows[4] = -rows[1]
   rows *= np.array(sizes)[:, None] / np.linalg.norm(rows, axis=1, keepdims=True)
   rows = jnp.asarray(rows, jnp.float32)
   release = functools.partial(releases(relation), clip_norm=clip_norm)
@@ -85,7 +90,7 @@ def test_both_releases_together_cost_what_is_accounted_for(
 @pytest.mark.parametrize("relation", [ADD, REPLACE])
 def test_the_budget_is_split_and_used_up(relation):
   built = build(relation)
-  spread = adaptive.count_sensitivity(relation)
+  spread = {ADD: 0.5, REPLACE: 1.0}[relation]
   joint = (built.sensitivity / built.noise_stddev) ** 2 + (spread / 2.0) ** 2
   assert joint == pytest.approx(1.25**-2, rel=1e-12)
   assert built.sensitivity == {ADD: 1.0, REPLACE: 2.0}[relation]
