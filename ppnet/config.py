@@ -632,43 +632,34 @@ def _validate_units(config: ExperimentConfig) -> None:
       "something that tells the views of an example apart",
       "Equal views cost their number and change nothing. Set"
       " --config.attention_noise.stddev, or one view.",
-      **{
-        "train.views_per_example": views,
-        "attention_noise.stddev": config.attention_noise.stddev,
-      },
+      **{"train.views_per_example": views},
     )
-  if has_users and not config.data.user_pattern:
+  pattern = config.data.user_pattern
+  if has_users and not pattern:
     checks.fail(
       "data.user_pattern to say whose each record is, for privacy.unit=USER",
       "The digits have no users: use source IMAGE_FOLDER, and for files named"
       " <user>_<number>.jpg --config.data.user_pattern='[^/]*/([^_]*)_.*'.",
-      **{
-        "data.source": config.data.source.name,
-        "data.user_pattern": config.data.user_pattern,
-      },
+      **{"data.source": config.data.source.name, "data.user_pattern": pattern},
     )
   if not has_users and config.privacy.max_records_per_user != 1:
     checks.fail(
       "privacy.unit=USER with privacy.max_records_per_user",
-      "Set the unit, or leave the field alone.",
-      **{"privacy.max_records_per_user": config.privacy.max_records_per_user},
+      max_records_per_user=config.privacy.max_records_per_user,
     )
-  if not config.data.user_pattern:
-    return
-  if config.data.source is not Source.IMAGE_FOLDER:
+  if pattern and config.data.source is not Source.IMAGE_FOLDER:
     checks.fail(
       "data.user_pattern with source IMAGE_FOLDER alone",
       **{"data.source": config.data.source.name},
     )
   try:
-    groups = re.compile(config.data.user_pattern).groups
+    groups = re.compile(pattern).groups
   except re.error as error:
     groups = str(error)
-  if groups != 1:
+  if pattern and groups != 1:
     checks.fail(
       "data.user_pattern to be a regular expression with one group",
-      groups=groups,
-      **{"data.user_pattern": config.data.user_pattern},
+      **{"groups": groups, "data.user_pattern": pattern},
     )
 
 

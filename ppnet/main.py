@@ -119,6 +119,8 @@ def account(config: config_lib.ExperimentConfig, workdir: pathlib.Path) -> None:
   if num_examples is None:
     folder = loop.prepared_dir(config, workdir)
     num_examples = prepare.prepare(config.data, folder).num_train
+    by_user = loop.records_by_user(config, folder)
+    num_examples = num_examples if by_user is None else len(by_user)
   found = budget.budget(
     config,
     num_examples,

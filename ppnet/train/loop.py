@@ -13,7 +13,7 @@ import dataclasses
 import pathlib
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -93,6 +93,15 @@ def prepared_dir(
   return pathlib.Path(config.data.prepared_dir or workdir / "prepared")
 
 
+def records_by_user(
+  config: config_lib.ExperimentConfig, folder: pathlib.Path
+) -> Sequence[np.ndarray] | None:
+  """Whose the training records are; None where the unit is an example."""
+  if config.privacy.unit is not config_lib.PrivacyUnit.USER:
+    return None
+  return pipeline.records_by_user(config, folder)
+
+
 def open_experiment(
   config: config_lib.ExperimentConfig,
   workdir: pathlib.Path,
@@ -106,9 +115,7 @@ def open_experiment(
   """
   folder = prepared_dir(config, workdir)
   card = prepare.prepare(config.data, folder)
-  by_user = None
-  if config.privacy.unit is config_lib.PrivacyUnit.USER:
-    by_user = pipeline.records_by_user(config, folder)
+  by_user = records_by_user(config, folder)
   mechanism = mechanism_lib.build(
     config, card.num_train if by_user is None else len(by_user)
   )

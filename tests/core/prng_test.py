@@ -41,6 +41,7 @@ def test_stream_numbers_are_append_only():
     "ATTENTION_NOISE": 1,
     "DP_NOISE": 2,
     "EVAL_ATTENTION_NOISE": 3,
+    "CLIP_COUNT_NOISE": 4,
   }
 
 
