@@ -90,6 +90,7 @@ class Engine(enum.Enum):
   VMAP = "vmap"  # Any loss function; the reference.
   GHOST = "ghost"  # Norms by one pullback, the sum by a second one. float32.
   BOOKKEEPING = "bookkeeping"  # One backward pass; keeps its cotangents.
+  AUTO = "auto"  # The one of these that suits the shapes; the record says why.
 
 
 class Sampler(enum.Enum):
@@ -469,7 +470,7 @@ class PerfConfig:
     prefetch_steps: steps of data kept ready.
   """
 
-  engine: Engine = Engine.VMAP
+  engine: Engine = Engine.AUTO
   microbatch_size: int = 64
   data_threads: int = 1
   prefetch_steps: int = 2

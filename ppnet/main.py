@@ -163,8 +163,9 @@ def run_job(config: config_lib.ExperimentConfig, workdir: pathlib.Path) -> None:
 
 
 def _plan(experiment: loop.Experiment) -> str:
-  """What is about to happen, in four lines."""
+  """What is about to happen, in five lines."""
   config, mechanism = experiment.config, experiment.mechanism
+  engine = experiment.program.engine
   claim = mechanism.claim()
   return "\n".join(
     [
@@ -182,6 +183,8 @@ def _plan(experiment: loop.Experiment) -> str:
       f" {mechanism.expected_batch_size} records, drawn by"
       f" {config.privacy.sampler.name} sampling"
       f" (probability {mechanism.sampling_prob:.4g})",
+      "engine: "
+      + (f"{engine.engine.name} ({engine.why})" if engine else "no clipping"),
       f"guarantee: {claim['guarantee']}",
     ]
   )

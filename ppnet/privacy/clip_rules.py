@@ -29,7 +29,7 @@ import numpy as np
 
 from ppnet import config
 from ppnet.core import checks
-from ppnet.privacy import ghost
+from ppnet.privacy import outer_products
 
 PyTree = Any
 
@@ -168,7 +168,7 @@ class ClipRule:
 
   def decide(
     self,
-    stats: Sequence[ghost.Stats],
+    stats: Sequence[outer_products.Stats],
     *,
     params: PyTree,
     has_finite_loss: jax.Array,
@@ -211,7 +211,7 @@ class ClipRule:
 
   def _weights(
     self,
-    stats: ghost.Stats,
+    stats: outer_products.Stats,
     bounds: np.ndarray,
     keep: jax.Array,
     scale: jax.Array | None,
@@ -220,7 +220,7 @@ class ClipRule:
     norm, shrink = _norm(stats.squared, stats.shrunk)  # Of grads * shrink.
     is_large = shrink < 1
     # Where a sum and its norm are formed apart, the sum may be this much more.
-    rounding = ghost.ROUNDING * jnp.sqrt(
+    rounding = outer_products.ROUNDING * jnp.sqrt(
       jnp.where(is_large, stats.spread_shrunk, stats.spread)
     )
     safe_norm = jnp.maximum(norm, norm * (1 - _SLACK / 2) + rounding)
@@ -289,7 +289,9 @@ def _total(parts: Sequence[jax.Array]) -> jax.Array:
   )
 
 
-def _by_group(stats: ghost.Stats, groups: tuple[int, ...]) -> ghost.Stats:
+def _by_group(
+  stats: outer_products.Stats, groups: tuple[int, ...]
+) -> outer_products.Stats:
   """From [*slices, U] to [*groups, U]; the slices begin with the groups."""
 
   def reduce(x):
@@ -310,4 +312,4 @@ def _norm(squared: jax.Array, shrunk: jax.Array) -> tuple[jax.Array, jax.Array]:
   """
   is_large = ~(squared < _LARGE_SQUARED_NORM)
   norm = jnp.sqrt(jnp.where(is_large, shrunk, squared))
-  return norm, jnp.where(is_large, ghost.SHRINK, 1.0)
+  return norm, jnp.where(is_large, outer_products.SHRINK, 1.0)

@@ -23,7 +23,14 @@ import jax.numpy as jnp
 
 from ppnet import config
 from ppnet.core import checks
-from ppnet.privacy import clip_rules, ghost, taps, unit_rows
+from ppnet.privacy import (
+  clip_rules,
+  engine_choice,
+  ghost,
+  outer_products,
+  taps,
+  unit_rows,
+)
 
 PyTree = Any
 LossFn = Callable[..., Any]  # (params, batch, ops=PLAIN) -> losses.
@@ -88,6 +95,14 @@ class GradFn(Protocol):
   ) -> float:
     """How far `grad_sum` can move in l2 norm between neighbours."""
 
+  def engine_choice(
+    self, params: PyTree, batch: PyTree
+  ) -> engine_choice.Choice | None:
+    """Which engine a batch of these shapes goes through, and why.
+
+    None where gradients are not clipped. Arrays or their shapes will do.
+    """
+
 
 def clipped_grad(
   loss_fn: LossFn,
@@ -112,7 +127,7 @@ def clipped_grad(
   *Units.* A unit is one row of the batch, or `rows_per_unit` rows side by side:
   row i belongs to unit i // rows_per_unit. Its gradient is the sum of its rows'
   gradients (SUM: a user's records) or their mean (MEAN: views of one record, De
-  et al. 2022, https://arxiv.org/abs/2204.13650, Section 3.2); the mean is over
+  et al. 2022, https://arxiv.org/abs/2204.13650); the mean is over
   rows that are not padding. That gradient is clipped, once.
 
   *Formal guarantee.* Adding or removing one unit moves `grad_sum` by at most C
@@ -140,7 +155,8 @@ def clipped_grad(
   | --- | --- | --- | --- |
   | VMAP | 1 | all units' gradients | any loss function |
   | GHOST | 2, or 1 if no weight is used once | none for those | float32 |
-  | BOOKKEEPING | 1 | inputs and cotangents, or small gradients | any dtype |
+  | BOOKKEEPING | 1 | little; under remat inputs and cotangents | any dtype |
+  | AUTO | | | one of these by shape, see `privacy.engine_choice` |
 
   | edge case | contribution |
   | --- | --- |
@@ -187,7 +203,7 @@ def clipped_grad(
       use for one.
   """
   engine = _parse_engine(engine)
-  if engine is not config.Engine.VMAP:
+  if engine in (config.Engine.GHOST, config.Engine.BOOKKEEPING):
     _check_takes_ops(loss_fn)
   rule = clip_rules.ClipRule(
     bounds=l2_clip_norm,
@@ -196,7 +212,9 @@ def clipped_grad(
     stabilizer=stabilizer,
   )
   return _PerUnitGrad(
-    sum_fn=functools.partial(_ENGINES[engine], loss_fn, has_aux=has_aux),
+    loss_fn=loss_fn,
+    engine=engine,
+    has_aux=has_aux,
     rule=rule,
     rows=unit_rows.Rows(
       per_unit=rows_per_unit,
@@ -325,7 +343,9 @@ def clip_batch_mean(
 class _PerUnitGrad:
   """The callable that `clipped_grad` returns."""
 
-  sum_fn: Callable[..., ClippedGrad]
+  loss_fn: LossFn
+  engine: config.Engine
+  has_aux: bool
   rule: clip_rules.ClipRule
   rows: unit_rows.Rows
 
@@ -338,7 +358,7 @@ class _PerUnitGrad:
     scale: jax.Array | None = None,
   ) -> ClippedGrad:
     """See `GradFn`."""
-    padding = _padding_mask(batch, is_padding_example, self.rows)
+    padding = unit_rows.padding_mask(batch, is_padding_example, self.rows)
     if scale is not None:
       if self.rule.rule is not config.ClipRule.CLIP:
         checks.fail(
@@ -352,9 +372,14 @@ class _PerUnitGrad:
         clip_rules.MIN_CLIP_NORM / min(float(b.min()) for b in bounds),
         clip_rules.MAX_CLIP_NORM / self.rule.total,
       )
-    return _in_microbatches(
+    return unit_rows.in_microbatches(
       functools.partial(
-        self.sum_fn, rule=self.rule, rows=self.rows, scale=scale
+        _ENGINES[self.engine],
+        self.loss_fn,
+        has_aux=self.has_aux,
+        rule=self.rule,
+        rows=self.rows,
+        scale=scale,
       ),
       params,
       batch,
@@ -367,6 +392,18 @@ class _PerUnitGrad:
   ) -> float:
     """See `clip_rules.ClipRule.sensitivity`."""
     return self.rule.sensitivity(neighboring_relation)
+
+  def engine_choice(
+    self, params: PyTree, batch: PyTree
+  ) -> engine_choice.Choice:
+    """The engine that a batch of these shapes goes through, and why."""
+    if self.engine is not config.Engine.AUTO:
+      return engine_choice.Choice(
+        engine=self.engine, why="named by the configuration"
+      )
+    return _choose_engine(
+      self.loss_fn, params, batch, rows=self.rows, has_aux=self.has_aux
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -388,9 +425,11 @@ class _UnprotectedGrad:
     """See `GradFn`."""
     if scale is not None:
       checks.fail("no scale where nothing is clipped", scale=scale)
-    padding = _padding_mask(batch, is_padding_example, self.rows)
+    padding = unit_rows.padding_mask(batch, is_padding_example, self.rows)
     sum_fn = functools.partial(self.sum_fn, rows=self.rows)
-    result = _in_microbatches(sum_fn, params, batch, padding, self.rows)
+    result = unit_rows.in_microbatches(
+      sum_fn, params, batch, padding, self.rows
+    )
     if self.clip_norm is None:
       return result
     clipped = clip_batch_mean(
@@ -406,6 +445,10 @@ class _UnprotectedGrad:
     """Infinite: one unit moves the sum without bound."""
     del neighboring_relation  # It makes no difference.
     return math.inf
+
+  def engine_choice(self, params: PyTree, batch: PyTree) -> None:
+    """None: units are not told apart."""
+    del params, batch  # Whatever they are.
 
 
 def _vmap_engine(
@@ -465,13 +508,13 @@ def _vmap_engine(
   )
 
 
-def _unit_stats(grads: jax.Array, num_group_axes: int) -> ghost.Stats:
+def _unit_stats(grads: jax.Array, num_group_axes: int) -> outer_products.Stats:
   """Squares of gradients f32[U, *groups, ...], f32[*groups, U]."""
   axes = tuple(range(1 + num_group_axes, grads.ndim))
   sums = lambda x: jnp.moveaxis(jnp.sum(jnp.square(x), axis=axes), 0, -1)
-  squared, shrunk = sums(grads), sums(grads * ghost.SHRINK)
+  squared, shrunk = sums(grads), sums(grads * outer_products.SHRINK)
   zeros = jnp.zeros_like(squared)
-  return ghost.Stats(
+  return outer_products.Stats(
     squared=squared, shrunk=shrunk, spread=zeros, spread_shrunk=zeros
   )
 
@@ -489,14 +532,8 @@ def _tapped_engine(
   may_probe: bool,
 ) -> ClippedGrad:
   """Clipped sum by rules for each operation: GHOST and BOOKKEEPING."""
-  with_ops = functools.partial(loss_fn, ops=taps.MARKING)
-
-  def call(params, batch):
-    num_rows = jax.tree.leaves(batch)[0].shape[0]
-    return _call(with_ops, params, batch, num_rows, has_aux)
-
   out = ghost.per_example(
-    call,
+    _marked(loss_fn, has_aux),
     params,
     rows.without_padding(batch, padding),
     may_probe=may_probe,
@@ -540,9 +577,57 @@ def _result(
   )
 
 
+def _auto_engine(
+  loss_fn: LossFn,
+  params: PyTree,
+  batch: PyTree,
+  padding: jax.Array,
+  *,
+  rows: unit_rows.Rows,
+  has_aux: bool,
+  **options: Any,
+) -> ClippedGrad:
+  """Clipped sum by the engine that suits the shapes."""
+  choice = _choose_engine(loss_fn, params, batch, rows=rows, has_aux=has_aux)
+  return _ENGINES[choice.engine](
+    loss_fn, params, batch, padding, rows=rows, has_aux=has_aux, **options
+  )
+
+
+def _choose_engine(
+  loss_fn: LossFn,
+  params: PyTree,
+  batch: PyTree,
+  *,
+  rows: unit_rows.Rows,
+  has_aux: bool,
+) -> engine_choice.Choice:
+  """What AUTO is for a batch of these shapes."""
+  if not _takes_ops(loss_fn):
+    return engine_choice.Choice(
+      engine=config.Engine.VMAP,
+      why="the loss function does not take its operations as `ops`",
+    )
+  return engine_choice.choose(
+    _marked(loss_fn, has_aux), params, batch, rows_per_unit=rows.per_unit
+  )
+
+
+def _marked(loss_fn: LossFn, has_aux: bool) -> Callable[..., Any]:
+  """(params, batch) -> (losses, aux), its operations to be found by `taps`."""
+  with_ops = functools.partial(loss_fn, ops=taps.MARKING)
+
+  def call(params, batch):
+    num_rows = jax.tree.leaves(batch)[0].shape[0]
+    return _call(with_ops, params, batch, num_rows, has_aux)
+
+  return call
+
+
 # An engine takes (loss_fn, params, batch, padding bool[B]) and, by keyword,
 # rule, rows, scale and has_aux; it returns the same ClippedGrad as every other.
 _ENGINES = {
+  config.Engine.AUTO: _auto_engine,
   config.Engine.VMAP: _vmap_engine,
   config.Engine.GHOST: functools.partial(_tapped_engine, may_probe=True),
   config.Engine.BOOKKEEPING: functools.partial(_tapped_engine, may_probe=False),
@@ -583,59 +668,6 @@ def _batch_sum(
     aux=_zero_padding(aux, padding) if has_aux else None,
     is_nonfinite=~rows.finite_units(losses),
   )
-
-
-def _in_microbatches(
-  sum_fn: Callable[[PyTree, PyTree, jax.Array], ClippedGrad],
-  params: PyTree,
-  batch: PyTree,
-  padding: jax.Array,
-  rows: unit_rows.Rows,
-) -> ClippedGrad:
-  """Calls `sum_fn` on microbatches in a scan; adds sums, keeps the order."""
-  num_rows, size = padding.shape[0], rows.microbatch_size
-  if num_rows == 0:
-    # Nothing to differentiate; one unit of padding gives the shapes.
-    padding = jnp.ones(rows.per_unit, bool)
-    leaves, rewrap = unit_rows.without_keys(batch)
-    batch = rewrap(
-      [_blank_rows(leaf, num_rows=rows.per_unit) for leaf in leaves]
-    )
-    return _head(sum_fn(params, batch, padding), 0)
-  num_units = num_rows // rows.per_unit
-  if size is None or size >= num_units:
-    return sum_fn(params, batch, padding)
-  num_microbatches = -(-num_units // size)
-  missing = (num_microbatches * size - num_units) * rows.per_unit
-
-  def split(leaf):  # [B, ...] -> [microbatches, rows of a microbatch, ...]
-    leaf = jnp.concatenate([leaf, _blank_rows(leaf, num_rows=missing)])
-    # Every num_microbatches-th unit goes together, so that a batch axis that is
-    # sharded stays spread over all devices in every microbatch.
-    shape = (size, num_microbatches, rows.per_unit, *leaf.shape[1:])
-    leaf = jnp.swapaxes(leaf.reshape(shape), 0, 1)
-    return leaf.reshape(num_microbatches, -1, *leaf.shape[3:])
-
-  def join(leaf):  # The inverse of split, of what is per row or per unit.
-    per_unit = leaf.shape[1] // size
-    leaf = leaf.reshape(num_microbatches, size, per_unit, *leaf.shape[2:])
-    leaf = jnp.swapaxes(leaf, 0, 1)
-    return leaf.reshape(-1, *leaf.shape[3:])[: num_units * per_unit]
-
-  # Keys travel as their data: the reuse checker loses track of moved axes.
-  leaves, rewrap = unit_rows.without_keys(batch)
-
-  def body(grad_sum, microbatch):
-    plain, is_example = microbatch
-    result = sum_fn(params, rewrap(plain), ~is_example)
-    grad_sum = jax.tree.map(jnp.add, grad_sum, result.grad_sum)
-    return grad_sum, dataclasses.replace(result, grad_sum=None)
-
-  zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
-  grad_sum, parts = jax.lax.scan(
-    body, zeros, ([split(leaf) for leaf in leaves], split(~padding))
-  )
-  return dataclasses.replace(jax.tree.map(join, parts), grad_sum=grad_sum)
 
 
 def _call(
@@ -682,50 +714,15 @@ def _cloned(batch: PyTree) -> PyTree:
   )
 
 
-def _blank_rows(leaf: jax.Array, *, num_rows: int) -> jax.Array:
-  """Rows of zeros (False: no example) like those of a leaf [B, ...]."""
-  return jnp.zeros((num_rows, *leaf.shape[1:]), leaf.dtype)
-
-
-def _head(result: ClippedGrad, num_rows: int) -> ClippedGrad:
-  """Keeps the first rows of what is per example."""
-  rows = dataclasses.replace(result, grad_sum=None)
-  rows = jax.tree.map(lambda leaf: leaf[:num_rows], rows)
-  return dataclasses.replace(rows, grad_sum=result.grad_sum)
-
-
-def _padding_mask(
-  batch: PyTree, is_padding_example: jax.Array | None, rows: unit_rows.Rows
-) -> jax.Array:
-  """The mask, bool[B]; checks that all leaves agree on B, in whole units."""
-  sizes = {leaf.shape[:1] for leaf in jax.tree.leaves(batch)}
-  if len(sizes) != 1 or () in sizes:
-    checks.fail(
-      "all leaves of batch to share one leading axis",
-      leading_axes=sorted(sizes),
-    )
-  (shape,) = sizes
-  if shape[0] % rows.per_unit:
-    checks.fail(
-      f"a batch of whole units of {rows.per_unit} rows",
-      "Fill the last unit with padding rows.",
-      num_rows=shape[0],
-    )
-  if is_padding_example is None:
-    return jnp.zeros(shape, bool)
-  if is_padding_example.shape != shape or is_padding_example.dtype != bool:
-    checks.fail(
-      f"is_padding_example to be bool of shape {shape}",
-      shape=is_padding_example.shape,
-      dtype=str(is_padding_example.dtype),
-    )
-  return is_padding_example
+def _takes_ops(loss_fn: LossFn) -> bool:
+  """Whether the loss function has a parameter `ops`."""
+  parameters = inspect.signature(loss_fn).parameters.values()
+  return any(p.name == "ops" or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def _check_takes_ops(loss_fn: LossFn) -> None:
   """Raises unless the loss function has a parameter `ops`."""
-  parameters = inspect.signature(loss_fn).parameters.values()
-  if not any(p.name == "ops" or p.kind is p.VAR_KEYWORD for p in parameters):
+  if not _takes_ops(loss_fn):
     checks.fail(
       "loss_fn to take the operations on its parameters as `ops`",
       "Write loss_fn(params, batch, ops=param_ops.PLAIN) and hand them to the"

@@ -30,6 +30,7 @@ import jax.extend.core as jex_core
 import jax.numpy as jnp
 
 from ppnet.core import checks, param_ops
+from ppnet.privacy import reusing_scan
 
 PyTree = Any
 Path = tuple[int, ...]  # Numbers of the equations that lead to one.
@@ -183,16 +184,15 @@ class Frame:
     rule: called for each site.
     by_leaf: inputs [*slices, ...] by parameter, sliced along with it.
     by_site: inputs [*lengths, ...] by path, sliced by every scan.
-    everywhere: an input that all sites share.
     records: outputs by `Site.x_key`, stacked by every scan.
-    total: an output that sites add to.
+    reuses_memory: whether scans keep the cotangents of `by_site` where
+      residuals were; for a pullback that is called once.
   """
 
   rule: Rule
   by_leaf: Mapping[int, Any]
   by_site: Mapping[Path, Any]
-  everywhere: Any
-  total: jax.Array
+  reuses_memory: bool
   records: dict[Any, jax.Array] = dataclasses.field(default_factory=dict)
 
 
@@ -216,6 +216,16 @@ class Program:
   def site_at(self) -> dict[Path, Site]:
     """Sites by path."""
     return {site.path: site for site in self.sites}
+
+  def is_rematerialised(self, site: Site) -> bool:
+    """Whether what the site computes is dropped and computed again."""
+    jaxpr = self.closed.jaxpr
+    for number in site.path[:-1]:
+      eqn = jaxpr.eqns[number]
+      if eqn.primitive.name in _REMATS:
+        return True
+      jaxpr, _ = _open(eqn.params["jaxpr"])
+    return False
 
   def run(self, params: PyTree, batch: PyTree, frame: Frame) -> Any:
     """Evaluates the loss, calling `frame.rule` at every site."""
@@ -474,25 +484,28 @@ def _evaluate_scan(eqn, values, here, program, frame) -> list[Any]:
     if site.path in frame.by_site
   }
 
-  def body(carry, xs):
-    carry, total = carry
-    xs, by_leaf_slice, by_site_slice = xs
+  def body(consts, carry, xs, taps):
+    values, unsliced = consts
+    xs, by_leaf_slice = xs
     own = dataclasses.replace(
       frame,
-      by_leaf={**frame.by_leaf, **by_leaf_slice},
-      by_site=by_site_slice,
-      total=total,
+      by_leaf={**unsliced, **by_leaf_slice},
+      by_site=taps,
       records={},
     )
-    args = [*values[:first_carry], *carry, *xs]
-    outs = _evaluate(inner, inner_consts, args, here, program, own)
+    outs = _evaluate(
+      inner, inner_consts, [*values, *carry, *xs], here, program, own
+    )
     num_carry = first_x - first_carry
-    return (outs[:num_carry], own.total), (outs[num_carry:], own.records)
+    return outs[:num_carry], outs[num_carry:], own.records
 
-  (carry, frame.total), (ys, records) = jax.lax.scan(
+  scan = reusing_scan.scan if frame.reuses_memory else _plain_scan
+  carry, ys, records = scan(
     body,
-    (values[first_carry:first_x], frame.total),
-    (values[first_x:], by_leaf, by_site),
+    (values[:first_carry], frame.by_leaf),
+    values[first_carry:first_x],
+    (values[first_x:], by_leaf),
+    by_site,
     length=eqn.params["length"],
     reverse=eqn.params["reverse"],
     unroll=eqn.params["unroll"],
@@ -501,25 +514,34 @@ def _evaluate_scan(eqn, values, here, program, frame) -> list[Any]:
   return [*carry, *ys]
 
 
+def _plain_scan(body, consts, carry, xs, taps, **options) -> Any:
+  """`reusing_scan.scan` as JAX differentiates it."""
+
+  def one(carry, slices):
+    carry, y, aux = body(consts, carry, *slices)
+    return carry, (y, aux)
+
+  carry, (ys, aux) = jax.lax.scan(one, carry, (xs, taps), **options)
+  return carry, ys, aux
+
+
 def _evaluate_remat(eqn, values, here, program, frame) -> list[Any]:
   """A rematerialised call; what it records is kept, the rest is not."""
   inner, inner_consts = _open(eqn.params["jaxpr"])
 
-  def call(values, by_leaf, by_site, everywhere, total):
+  def call(values, by_leaf, by_site):
     own = dataclasses.replace(
       frame,
       by_leaf=by_leaf,
       by_site=by_site,
-      everywhere=everywhere,
-      total=total,
       records={},
     )
     outs = _evaluate(inner, inner_consts, values, here, program, own)
-    return outs, own.records, own.total
+    return outs, own.records
 
-  outs, records, frame.total = jax.checkpoint(
+  outs, records = jax.checkpoint(
     call, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"]
-  )(values, frame.by_leaf, frame.by_site, frame.everywhere, frame.total)
+  )(values, frame.by_leaf, frame.by_site)
   frame.records.update(records)
   return outs
 

@@ -20,6 +20,8 @@ from ppnet import config
 from ppnet.core import checks
 
 PyTree = Any
+# A dataclass with `grad_sum`, and fields per row or per unit.
+Result = Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,3 +113,96 @@ def without_keys(
     for leaf, impl in zip(leaves, impls, strict=True)
   ]
   return plain, rewrap
+
+
+def in_microbatches(
+  sum_fn: Callable[[PyTree, PyTree, jax.Array], Result],
+  params: PyTree,
+  batch: PyTree,
+  padding: jax.Array,
+  rows: Rows,
+) -> Result:
+  """Calls `sum_fn` on microbatches in a scan; adds sums, keeps the order."""
+  num_rows, size = padding.shape[0], rows.microbatch_size
+  if num_rows == 0:
+    # Nothing to differentiate; one unit of padding gives the shapes.
+    padding = jnp.ones(rows.per_unit, bool)
+    leaves, rewrap = without_keys(batch)
+    batch = rewrap(
+      [_blank_rows(leaf, num_rows=rows.per_unit) for leaf in leaves]
+    )
+    return _head(sum_fn(params, batch, padding), 0)
+  num_units = num_rows // rows.per_unit
+  if size is None or size >= num_units:
+    return sum_fn(params, batch, padding)
+  num_microbatches = -(-num_units // size)
+  missing = (num_microbatches * size - num_units) * rows.per_unit
+
+  def split(leaf):  # [B, ...] -> [microbatches, rows of a microbatch, ...]
+    leaf = jnp.concatenate([leaf, _blank_rows(leaf, num_rows=missing)])
+    # Every num_microbatches-th unit goes together, so that a batch axis that is
+    # sharded stays spread over all devices in every microbatch.
+    shape = (size, num_microbatches, rows.per_unit, *leaf.shape[1:])
+    leaf = jnp.swapaxes(leaf.reshape(shape), 0, 1)
+    return leaf.reshape(num_microbatches, -1, *leaf.shape[3:])
+
+  def join(leaf):  # The inverse of split, of what is per row or per unit.
+    per_unit = leaf.shape[1] // size
+    leaf = leaf.reshape(num_microbatches, size, per_unit, *leaf.shape[2:])
+    leaf = jnp.swapaxes(leaf, 0, 1)
+    return leaf.reshape(-1, *leaf.shape[3:])[: num_units * per_unit]
+
+  # Keys travel as their data: the reuse checker loses track of moved axes.
+  leaves, rewrap = without_keys(batch)
+
+  def body(grad_sum, microbatch):
+    plain, is_example = microbatch
+    result = sum_fn(params, rewrap(plain), ~is_example)
+    grad_sum = jax.tree.map(jnp.add, grad_sum, result.grad_sum)
+    return grad_sum, dataclasses.replace(result, grad_sum=None)
+
+  zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), params)
+  grad_sum, parts = jax.lax.scan(
+    body, zeros, ([split(leaf) for leaf in leaves], split(~padding))
+  )
+  return dataclasses.replace(jax.tree.map(join, parts), grad_sum=grad_sum)
+
+
+def padding_mask(
+  batch: PyTree, is_padding_example: jax.Array | None, rows: Rows
+) -> jax.Array:
+  """The mask, bool[B]; checks that all leaves agree on B, in whole units."""
+  sizes = {leaf.shape[:1] for leaf in jax.tree.leaves(batch)}
+  if len(sizes) != 1 or () in sizes:
+    checks.fail(
+      "all leaves of batch to share one leading axis",
+      leading_axes=sorted(sizes),
+    )
+  (shape,) = sizes
+  if shape[0] % rows.per_unit:
+    checks.fail(
+      f"a batch of whole units of {rows.per_unit} rows",
+      "Fill the last unit with padding rows.",
+      num_rows=shape[0],
+    )
+  if is_padding_example is None:
+    return jnp.zeros(shape, bool)
+  if is_padding_example.shape != shape or is_padding_example.dtype != bool:
+    checks.fail(
+      f"is_padding_example to be bool of shape {shape}",
+      shape=is_padding_example.shape,
+      dtype=str(is_padding_example.dtype),
+    )
+  return is_padding_example
+
+
+def _blank_rows(leaf: jax.Array, *, num_rows: int) -> jax.Array:
+  """Rows of zeros (False: no example) like those of a leaf [B, ...]."""
+  return jnp.zeros((num_rows, *leaf.shape[1:]), leaf.dtype)
+
+
+def _head(result: Result, num_rows: int) -> Result:
+  """Keeps the first rows of what is per example."""
+  rows = dataclasses.replace(result, grad_sum=None)
+  rows = jax.tree.map(lambda leaf: leaf[:num_rows], rows)
+  return dataclasses.replace(rows, grad_sum=result.grad_sum)

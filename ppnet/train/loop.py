@@ -500,6 +500,7 @@ class _Run:
       "charged_steps": self._ledger.charged_steps,
       **scores,
       **self._experiment.claimed(self._ledger.charged_steps),
+      "engine": self._program.engine,
       "expected_batch_size": self._mechanism.expected_batch_size,
       "num_train": self._experiment.card.num_train,
       "num_units": self._mechanism.sampler.num_examples,

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from ppnet import config as config_lib
 from ppnet.core import checks, prng, trees
 from ppnet.models import multimodal
+from ppnet.privacy import engine_choice
 from ppnet.privacy import mechanism as mechanism_lib
 from ppnet.sharding import mesh as mesh_lib
 from ppnet.sharding import rules as rules_lib
@@ -31,6 +32,7 @@ class Program:
     mesh: the devices.
     rules: where parameters and examples live on them.
     model: the network.
+    engine: how clipped sums are computed, and why so; None if nothing is.
     mechanism: sampler, clip, noise and accountant.
     abstract_state: shapes, dtypes and shardings of the train state.
     root_key: root of initial parameters and attention noise, from the seed.
@@ -44,6 +46,7 @@ class Program:
   mesh: Mesh
   rules: rules_lib.Rules
   model: multimodal.PPNet
+  engine: engine_choice.Choice | None
   mechanism: mechanism_lib.Mechanism
   abstract_state: state_lib.TrainState
   root_key: jax.Array
@@ -124,27 +127,32 @@ def build(
     total=shardings.params, num_units=replicated, count=replicated
   )
   loss_fn = losses.make_loss_fn(model, config.attention_noise)
+  clipped_grad_fn = mechanism.clipped_grad_fn(
+    loss_fn,
+    has_aux=True,
+    params=abstract_state.params,
+    num_stacked_axes=_num_stacked_axes(model, example),
+  )
   # Shardings of inputs travel with the arrays; outputs are pinned, so that no
   # step can change where the state lives.
   return Program(
     mesh=mesh,
     rules=rules,
     model=model,
+    engine=clipped_grad_fn.engine_choice(
+      abstract_state.params,
+      _abstract_batch(
+        example,
+        num_rows=config.perf.microbatch_size * mechanism.rows_per_unit,
+      ),
+    ),
     mechanism=mechanism,
     abstract_state=abstract_state,
     root_key=root_key,
     init=jax.jit(functools.partial(init_fn, root_key), out_shardings=shardings),
     init_grad_sum=jax.jit(step_lib.init_grad_sum, out_shardings=sum_sharding),
     accumulate=jax.jit(
-      functools.partial(
-        step_lib.accumulate,
-        clipped_grad_fn=mechanism.clipped_grad_fn(
-          loss_fn,
-          has_aux=True,
-          params=abstract_state.params,
-          num_stacked_axes=_num_stacked_axes(model, example),
-        ),
-      ),
+      functools.partial(step_lib.accumulate, clipped_grad_fn=clipped_grad_fn),
       donate_argnames="grad_sum",
       out_shardings=(sum_sharding, None),
     ),
@@ -165,6 +173,22 @@ def build(
         step_lib.evaluate, model=model, noise_config=config.attention_noise
       )
     ),
+  )
+
+
+def _abstract_batch(example: Mapping[str, np.ndarray], *, num_rows: int) -> Any:
+  """Shapes of what the loss sees of a microbatch."""
+  microbatch = {
+    name: jax.ShapeDtypeStruct(
+      (num_rows, *np.shape(value)), np.asarray(value).dtype
+    )
+    for name, value in example.items()
+  }
+  return jax.eval_shape(
+    lambda microbatch: step_lib.grad_batch(
+      microbatch, prng.root(0), jnp.int32(0)
+    ),
+    microbatch,
   )
 
 

@@ -109,18 +109,9 @@ def accumulate(
   Returns:
     The new sum and the examples' diagnostics.
   """
-  stem = prng.stream(root_key, prng.Stream.ATTENTION_NOISE, step)
-  keys = prng.per_record(stem, microbatch["index"])
-  if "view" in microbatch:
-    keys = prng.per_view(keys, microbatch["view"])
-  batch = {
-    name: microbatch[name]
-    for name in microbatch
-    if name not in ("index", "is_padding_example", "label", "view")
-  }
   out = clipped_grad_fn(
     params,
-    batch | {"key": keys},
+    grad_batch(microbatch, root_key, step),
     is_padding_example=microbatch["is_padding_example"],
     scale=clip_norm,
   )
@@ -143,6 +134,27 @@ def accumulate(
     counted=counted,
     is_nonfinite=out.is_nonfinite,
   )
+
+
+def grad_batch(
+  microbatch: losses_lib.Batch,
+  root_key: Key[Array, ""],
+  step: Int[Array, ""],
+) -> losses_lib.Batch:
+  """What the loss sees of a microbatch, with the keys of its attention noise.
+
+  Args are those of `accumulate`.
+  """
+  stem = prng.stream(root_key, prng.Stream.ATTENTION_NOISE, step)
+  keys = prng.per_record(stem, microbatch["index"])
+  if "view" in microbatch:
+    keys = prng.per_view(keys, microbatch["view"])
+  batch = {
+    name: microbatch[name]
+    for name in microbatch
+    if name not in ("index", "is_padding_example", "label", "view")
+  }
+  return batch | {"key": keys}
 
 
 def update(

@@ -14,7 +14,7 @@ from ppnet import config
 from ppnet.core import param_ops
 from ppnet.kernels import noisy_attention
 from ppnet.models import llama
-from ppnet.privacy import clipping, ghost, taps
+from ppnet.privacy import clipping, ghost, outer_products, taps
 
 VMAP = config.Engine.VMAP
 GHOST = config.Engine.GHOST
@@ -301,11 +301,11 @@ def test_a_gram_norm_is_not_below_the_true_one(loss_fn, engine):
 
 
 def gram_error(x, g):
-  """E of `privacy.ghost`."""
+  """E of `privacy.outer_products`."""
   x, g = np.float64(x), np.float64(g)
   scales = [np.linalg.norm(v, axis=1) for v in (x, g)]
   pairs = [np.outer(s, s) for s in scales]
-  return ghost.ROUNDING * np.sum(
+  return outer_products.ROUNDING * np.sum(
     pairs[0] * abs(g @ g.T) + pairs[1] * abs(x @ x.T)
   )
 
@@ -334,7 +334,7 @@ def test_cancelling_tokens_are_not_clipped_too_little(
   assert contribution <= clip
   # Clipped by its true norm, up to the rounding of numbers as large as these.
   spread = np.sum(np.linalg.norm(x, axis=1) * np.linalg.norm(g, axis=1))
-  slack = 3e-5 + 10 * ghost.ROUNDING * spread / max(truth, 1e-30)
+  slack = 3e-5 + 10 * outer_products.ROUNDING * spread / max(truth, 1e-30)
   assert float(result.grad_norms[0]) >= truth * (1 - slack)
   assert contribution >= min(truth, clip) * (1 - 2 * slack)
   # Fails if: the Gram form has no guard (norm 0 or NaN of a gradient that is
