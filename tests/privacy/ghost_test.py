@@ -1,6 +1,7 @@
 """Engines with rules against VMAP, and against the truth where float32 lies."""
 
 import functools
+import re
 
 import flax.linen as nn
 import hypothesis
@@ -363,6 +364,21 @@ def test_extreme_sizes_match_vmap(loss_fn, engine, x_scale, g_scale):
   # Fails if: squares that overflow or vanish decide about a norm.
 
 
+@pytest.mark.parametrize(("loss_fn", "engine"), FORMS)
+def test_tokens_whose_squares_vanish_are_clipped(loss_fn, engine):
+  rng = np.random.default_rng(5)
+  x, g = rng.normal(size=(2, T, M)), rng.normal(size=(2, T, N))
+  # The first token hides, by its size, that the others' squares are 0.
+  x_scale = np.array([1e-14] + [1e-20] * (T - 1))[:, None]
+  g_scale = np.array([0.0] + [1e14] * (T - 1))[:, None]
+  batch = {"x": np.float32(x * x_scale), "g": np.float32(g * g_scale)}
+  result = linear_fn(loss_fn, engine, 1e-8)(WEIGHT, batch)
+  true_norms = list(map(true_norm, batch["x"], batch["g"]))
+  np.testing.assert_allclose(result.grad_norms, true_norms, rtol=1e-5)
+  assert np.linalg.norm(flat(result.grad_sum)) <= 2e-8
+  # Fails if: only the largest entry decides whether a Gram form will do.
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 3e38])
 @pytest.mark.parametrize("name", ["x", "g"])
@@ -493,6 +509,31 @@ def test_ghost_refuses_bfloat16_and_bookkeeping_sums_it_in_float32():
     flat(result.grad_sum), flat(expected.grad_sum), rtol=2e-5, atol=1e-6
   )
   # Fails if: a Gram or a sum is accumulated in the compute dtype.
+
+
+@pytest.mark.parametrize("engine", [VMAP, BOOKKEEPING])
+def test_devices_add_up_in_float32_whatever_the_compute_dtype(engine):
+  def loss_fn(params, batch, ops=PLAIN):
+    low = params["w"].astype(jnp.bfloat16)
+    out = ops.dense("w", low, batch.astype(jnp.bfloat16))
+    return jnp.sum(jnp.tanh(out).astype(jnp.float32), axis=(1, 2))
+
+  mesh = jax.make_mesh((8,), ("data",))
+  spread = jax.sharding.NamedSharding(mesh, jax.P("data"))
+  whole = jax.sharding.NamedSharding(mesh, jax.P())
+  fn = clipping.clipped_grad(loss_fn, l2_clip_norm=1.0, engine=engine)
+  text = (
+    jax.jit(fn, in_shardings=(whole, spread), out_shardings=whole)
+    .lower(WEIGHT, jax.ShapeDtypeStruct((16, T, M), jnp.float32))
+    .compile()
+    .as_text()
+  )
+  reduced = re.findall(
+    r"= \(?(\w+)\[[\d,]*\][^=]* (?:all-reduce|reduce-scatter)", text
+  )
+  assert "f32" in reduced
+  assert set(reduced) <= {"f32", "pred"}  # A flag for all, besides.
+  # Fails if: gradients are cast to the compute dtype before they are added up.
 
 
 def test_loss_functions_without_ops_are_refused():
