@@ -522,14 +522,18 @@ def test_devices_add_up_in_float32_whatever_the_compute_dtype(engine):
   spread = jax.sharding.NamedSharding(mesh, jax.P("data"))
   whole = jax.sharding.NamedSharding(mesh, jax.P())
   fn = clipping.clipped_grad(loss_fn, l2_clip_norm=1.0, engine=engine)
-  text = (
-    jax.jit(fn, in_shardings=(whole, spread), out_shardings=whole)
-    .lower(WEIGHT, jax.ShapeDtypeStruct((16, T, M), jnp.float32))
-    .compile()
-    .as_text()
+  lowered = jax.jit(
+    fn, in_shardings=(whole, spread), out_shardings=whole
+  ).lower(WEIGHT, jax.ShapeDtypeStruct((16, T, M), jnp.float32))
+  # Sums over examples, as they are before the compiler promotes any of them.
+  sums = re.findall(
+    rf"(dot_general|reduce|add)\b.*-> tensor<{M}x{N}x(\w+)>", lowered.as_text()
   )
+  assert {dtype for _, dtype in sums} == {"f32"}
+  assert f"<{M}x{N}xbf16>) -> tensor<{M}x{N}xf32>" not in lowered.as_text()
   reduced = re.findall(
-    r"= \(?(\w+)\[[\d,]*\][^=]* (?:all-reduce|reduce-scatter)", text
+    r"= \(?(\w+)\[[^=]* (?:all-reduce|reduce-scatter)",
+    lowered.compile().as_text(),
   )
   assert "f32" in reduced
   assert set(reduced) <= {"f32", "pred"}  # A flag for all, besides.
