@@ -152,6 +152,12 @@ class Schedule(enum.Enum):
   COSINE = "cosine"
 
 
+class BenchSubject(enum.Enum):
+  """What a BENCHMARK job measures."""
+
+  ENGINES = "engines"  # The clipped sum, by each engine and by other libraries.
+
+
 @dataclasses.dataclass(slots=True, kw_only=True)
 class AudioConfig:
   """How a recording becomes frames.
@@ -489,6 +495,24 @@ class AccountConfig:
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
+class BenchConfig:
+  """What a BENCHMARK job measures, and how often.
+
+  Attributes:
+    subject: what is measured.
+    cases: names with commas between them; see `ppnet.bench.engines`. "own" is
+      this configuration's own model and data, in one microbatch.
+    rounds: timed executions of each row, taken in turn.
+    peers: measure other libraries as well.
+  """
+
+  subject: BenchSubject = BenchSubject.ENGINES
+  cases: str = "own"
+  rounds: int = 10
+  peers: bool = True
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
 class ExperimentConfig:
   """One experiment.
 
@@ -506,6 +530,7 @@ class ExperimentConfig:
     mesh: see `MeshConfig`.
     perf: see `PerfConfig`.
     account: see `AccountConfig`.
+    bench: see `BenchConfig`.
   """
 
   name: str = "experiment"
@@ -524,6 +549,7 @@ class ExperimentConfig:
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
   perf: PerfConfig = dataclasses.field(default_factory=PerfConfig)
   account: AccountConfig = dataclasses.field(default_factory=AccountConfig)
+  bench: BenchConfig = dataclasses.field(default_factory=BenchConfig)
 
 
 def num_audio_frames(audio: AudioConfig) -> int:
@@ -789,6 +815,7 @@ def _validate_training(config: ExperimentConfig) -> None:
       "perf.microbatch_size": config.perf.microbatch_size,
       "perf.data_threads": config.perf.data_threads,
       "perf.prefetch_steps": config.perf.prefetch_steps,
+      "bench.rounds": config.bench.rounds,
       "optimizer.learning_rate": optimizer.learning_rate,
     }
   )

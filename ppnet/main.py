@@ -27,11 +27,12 @@ from ml_collections import config_flags
 from ppnet import config as config_lib
 from ppnet import config_args, sweep
 from ppnet.audit import run as audit
+from ppnet.bench import engines
 from ppnet.core import checks, records, workdirs
 from ppnet.data import prepare
 from ppnet.privacy import budget, ledger
 from ppnet.report import budget as budget_figures
-from ppnet.report import figures, tables
+from ppnet.report import figures, ratios, tables
 from ppnet.train import loop
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -137,11 +138,24 @@ def account(config: config_lib.ExperimentConfig, workdir: pathlib.Path) -> None:
     print(f"figure: {budget_figures.budget_figure(workdir, found)}")
 
 
+def benchmark(
+  config: config_lib.ExperimentConfig, workdir: pathlib.Path
+) -> None:
+  """Measures what `config.bench` asks for, then prints table and figure."""
+  record = _BENCHMARKS[config.bench.subject](config, workdir)
+  figure = ratios.write(workdir)
+  print(f"\n{ratios.bench_table(record)}\n\nrecords: {workdir}")
+  print(f"figure:  {figure}")
+
+
+_BENCHMARKS = {config_lib.BenchSubject.ENGINES: engines.run}
+
 _JOBS = {
   config_lib.Job.ACCOUNT: account,
   config_lib.Job.TRAIN: train,
   config_lib.Job.EVALUATE: evaluate,
   config_lib.Job.PREPARE: prepare_data,
+  config_lib.Job.BENCHMARK: benchmark,
 }
 
 

@@ -15,7 +15,7 @@ from ppnet.core import records
 # What may differ between two uses of one folder.
 _NOT_PART_OF_THE_EXPERIMENT = frozenset({"job"})
 # Once one of these is there the run has begun, and its configuration stands.
-_BINDING = ("privacy.json", "summary.json")
+_BINDING = ("privacy.json", "summary.json", "bench.json")
 _VERSIONED = (
   "ppnet",
   "jax",
@@ -141,12 +141,12 @@ def check_same(path: pathlib.Path, config: Mapping[str, Any]) -> None:
     )
 
 
-def provenance() -> dict[str, Any]:
-  """Commit and package versions, for `config.json`."""
+def provenance(*, packages: Sequence[str] = ()) -> dict[str, Any]:
+  """Commit and versions of our dependencies and of further `packages`."""
   return {
     "commit": _commit(),
     "python": platform.python_version(),
-    "versions": {name: _version(name) for name in _VERSIONED},
+    "versions": {name: _version(name) for name in (*_VERSIONED, *packages)},
   }
 
 
