@@ -132,7 +132,7 @@ class NoiseMode(enum.Enum):
 
 
 class ComputeDtype(enum.Enum):
-  """What activations are computed in; parameters are always float32."""
+  """What activations are computed in, whatever dtype parameters have."""
 
   FLOAT32 = "float32"
   BFLOAT16 = "bfloat16"
@@ -221,6 +221,57 @@ class DataConfig:
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
+class RopeScalingConfig:
+  """Llama 3.1's slower rotary frequencies, for sequences beyond training's.
+
+  Llama Team 2024, section 3.4.2, https://arxiv.org/abs/2407.21783, and its
+  published code. A frequency whose wavelength is below `original_max_seq_len /
+  high_freq_factor` tokens stays, one above `original_max_seq_len /
+  low_freq_factor` is divided by `factor`, and between the two it is blended.
+
+  Attributes:
+    factor: what low frequencies are divided by.
+    low_freq_factor: turns in the original length, below which it is in full.
+    high_freq_factor: turns in the original length, above which it is not.
+    original_max_seq_len: the length that the model was trained with first.
+  """
+
+  factor: float = 8.0
+  low_freq_factor: float = 1.0
+  high_freq_factor: float = 4.0
+  original_max_seq_len: int = 8192
+
+
+# What an adapter may stand beside: every matrix of a decoder layer.
+PROJECTIONS = (
+  "q_proj",
+  "k_proj",
+  "v_proj",
+  "o_proj",
+  "gate_proj",
+  "up_proj",
+  "down_proj",
+)
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class LoraConfig:
+  """Low-rank adapters beside frozen projections.
+
+  Hu et al. 2021, eq. 3, https://arxiv.org/abs/2106.09685.
+
+  Attributes:
+    rank: r, columns of A and rows of B.
+    alpha: the adapter's output is multiplied by alpha / rank.
+    targets: which of `PROJECTIONS` have one, in every layer.
+  """
+
+  rank: int = 8
+  alpha: float = 16.0
+  targets: tuple[str, ...] = ("q_proj", "v_proj")
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
 class LlamaConfig:
   """Shape of the decoder; the defaults are Llama-7B.
 
@@ -236,10 +287,13 @@ class LlamaConfig:
     mlp_dim: hidden features of the feed-forward block.
     max_seq_len: longest sequence, in tokens.
     rope_theta: base of the rotary frequencies.
+    rope_scaling: Llama 3.1's change of the low frequencies, or None.
     rms_norm_eps: added to the mean square before its root.
     tie_embeddings: use the embedding as the output head.
     remat: compute activations again in the backward pass: less memory.
-    compute_dtype: of activations; parameters are always float32.
+    compute_dtype: of activations; parameters have a dtype of their own, which
+      is float32 unless they were loaded in another one.
+    lora: adapters beside the projections, or None.
   """
 
   vocab_size: int = 32000
@@ -251,10 +305,12 @@ class LlamaConfig:
   mlp_dim: int = 11008
   max_seq_len: int = 2048
   rope_theta: float = 10000.0
-  rms_norm_eps: float = 1e-5
+  rope_scaling: RopeScalingConfig | None = None
+  rms_norm_eps: float = 1e-6
   tie_embeddings: bool = False
   remat: bool = False
   compute_dtype: ComputeDtype = ComputeDtype.FLOAT32
+  lora: LoraConfig | None = None
 
 
 def llama_tiny(*, vocab_size: int) -> LlamaConfig:
@@ -748,6 +804,7 @@ def _validate_model(config: ExperimentConfig) -> None:
       "Rotary embeddings turn pairs of features.",
       head_dim=decoder.head_dim,
     )
+  _validate_decoder_options(decoder)
   if decoder.vocab_size < config.data.vocab_size:
     checks.fail(
       "model.decoder.vocab_size >= data.vocab_size",
@@ -775,6 +832,37 @@ def _validate_model(config: ExperimentConfig) -> None:
       "attention_noise.consistency_weight": noise.consistency_weight,
     }
   )
+
+
+def _validate_decoder_options(decoder: LlamaConfig) -> None:
+  scaling, lora = decoder.rope_scaling, decoder.lora
+  if scaling is not None:
+    checks.positive(
+      **{
+        "rope_scaling.factor": scaling.factor,
+        "rope_scaling.low_freq_factor": scaling.low_freq_factor,
+        "rope_scaling.original_max_seq_len": scaling.original_max_seq_len,
+      }
+    )
+    if not scaling.high_freq_factor > scaling.low_freq_factor:
+      checks.fail(
+        "rope_scaling.high_freq_factor > low_freq_factor",
+        high_freq_factor=scaling.high_freq_factor,
+        low_freq_factor=scaling.low_freq_factor,
+      )
+  if lora is not None:
+    checks.positive(
+      **{
+        "model.decoder.lora.rank": lora.rank,
+        "model.decoder.lora.alpha": lora.alpha,
+      }
+    )
+    unknown = [name for name in lora.targets if name not in PROJECTIONS]
+    if unknown or not lora.targets:
+      checks.fail(
+        f"model.decoder.lora.targets among {PROJECTIONS}, at least one",
+        **{"model.decoder.lora.targets": lora.targets},
+      )
 
 
 def _validate_training(config: ExperimentConfig) -> None:
