@@ -288,9 +288,14 @@ def abstract_params(config: config_lib.LlamaConfig) -> PyTree:
   )["params"]
 
 
+def abstract_shapes(config: config_lib.LlamaConfig) -> PyTree:
+  """Shapes of the parameters, as `load` returns and `save` takes them."""
+  return nn.meta.unbox(abstract_params(config))
+
+
 def check_params(config: config_lib.LlamaConfig, params: PyTree) -> None:
   """Raises `ValueError`, naming the parameter, unless the shapes agree."""
-  shapes = nn.meta.unbox(abstract_params(config))
+  shapes = abstract_shapes(config)
   expected, found = (
     {
       jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
@@ -298,7 +303,7 @@ def check_params(config: config_lib.LlamaConfig, params: PyTree) -> None:
     }
     for tree in (shapes, params)
   )
-  _check_names(found, expected, what="parameter")
+  check_names(found, expected, what="parameter")
   for name, shape in expected.items():
     if found[name] != shape:
       checks.fail(f"parameter {name!r} of shape {shape}", shape=found[name])
@@ -494,14 +499,14 @@ def _opened(path: pathlib.Path) -> Iterator[_Shards]:
       )
       tensors |= dict.fromkeys(file.keys(), file)
     if weight_map:
-      _check_names(tensors, weight_map, what="tensor")
+      check_names(tensors, weight_map, what="tensor")
     yield _Shards(tensors=tensors)
 
 
-def _check_names(
+def check_names(
   found: Mapping[str, Any], expected: Mapping[str, Any], *, what: str
 ) -> None:
-  """Raises with the names that are missing or too many."""
+  """Raises `ValueError` with the names that are missing or too many."""
   missing = sorted(expected.keys() - found.keys())
   extra = sorted(found.keys() - expected.keys())
   if missing or extra:
@@ -526,7 +531,7 @@ def _check_tensors(
     name: entry for entry in entries for name in entry.names(config.num_layers)
   }
   found = {n: f for n, f in shards.tensors.items() if not _IGNORED.fullmatch(n)}
-  _check_names(found, expected, what="tensor")
+  check_names(found, expected, what="tensor")
   for name, entry in expected.items():
     shape = _at(shapes, entry.path).shape[1 if entry.is_stacked else 0 :]
     shape = shape[::-1] if entry.transposed else shape

@@ -11,6 +11,9 @@ from jaxtyping import Array, Float, Int
 from ppnet import config as config_lib
 from ppnet.core import param_ops
 
+# Gaussian, as in Hu et al. 2021, section 4.1; its output has the input's scale.
+LORA_A_INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+
 
 def _path(module: nn.Module, name: str) -> str:
   """The parameter's path, for engines' error messages."""
@@ -67,7 +70,7 @@ class Dense(nn.Module):
     lora_a = _param(
       self,
       "lora_a",
-      nn.initializers.variance_scaling(1.0, "fan_in", "normal"),
+      LORA_A_INIT,
       shape=(x.shape[-1], rank),
       axes=(self.axes[0], None),
     )
