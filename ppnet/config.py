@@ -545,6 +545,35 @@ class AccountConfig:
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
+class GenerateConfig:
+  """What the GENERATE job continues, and how.
+
+  Attributes:
+    weights: a Hugging Face directory of a Llama and its `tokenizer.model`;
+      empty takes the workdir's newest checkpoint.
+    prompts: texts to continue; none continues records of the test split, with
+      their pictures and sounds, which needs a checkpoint of this experiment.
+    num_records: how many of them.
+    batch_size: prompts that are continued at once.
+    max_prompt_len: longest prompt, in tokens.
+    max_new_tokens: at most this many new ones.
+    temperature: 0 takes the most likely token.
+    top_k: only this many of the most likely tokens; 0 is all.
+    top_p: of those, the fewest that have this probability together.
+  """
+
+  weights: str = ""
+  prompts: tuple[str, ...] = ()
+  num_records: int = 4
+  batch_size: int = 4
+  max_prompt_len: int = 64
+  max_new_tokens: int = 16
+  temperature: float = 0.0
+  top_k: int = 0
+  top_p: float = 1.0
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
 class ExperimentConfig:
   """One experiment.
 
@@ -562,6 +591,7 @@ class ExperimentConfig:
     mesh: see `MeshConfig`.
     perf: see `PerfConfig`.
     account: see `AccountConfig`.
+    generate: see `GenerateConfig`.
   """
 
   name: str = "experiment"
@@ -580,6 +610,7 @@ class ExperimentConfig:
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
   perf: PerfConfig = dataclasses.field(default_factory=PerfConfig)
   account: AccountConfig = dataclasses.field(default_factory=AccountConfig)
+  generate: GenerateConfig = dataclasses.field(default_factory=GenerateConfig)
 
 
 def num_audio_frames(audio: AudioConfig) -> int:
@@ -619,6 +650,17 @@ def validate(config: ExperimentConfig) -> None:
   _validate_data(config)
   _validate_model(config)
   _validate_training(config)
+  checks.positive(
+    **{
+      f"generate.{name}": getattr(config.generate, name)
+      for name in (
+        "num_records",
+        "batch_size",
+        "max_prompt_len",
+        "max_new_tokens",
+      )
+    }
+  )
 
 
 def _validate_account(account: AccountConfig) -> None:
