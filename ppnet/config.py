@@ -12,7 +12,19 @@ import dataclasses
 import enum
 import re
 
+from ppnet import model_config
 from ppnet.core import checks
+
+# The shapes of networks, in a file of their own; these are their names.
+ComputeDtype = model_config.ComputeDtype
+RopeScalingConfig = model_config.RopeScalingConfig
+LoraConfig = model_config.LoraConfig
+LlamaConfig = model_config.LlamaConfig
+ImageStemConfig = model_config.ImageStemConfig
+AudioStemConfig = model_config.AudioStemConfig
+ModelConfig = model_config.ModelConfig
+llama_tiny = model_config.llama_tiny
+PROJECTIONS = model_config.PROJECTIONS
 
 # In the order in which they stand before the prompt. A name is the key of the
 # record's media, the field of `ModelConfig` that shapes its stem, and the
@@ -131,13 +143,6 @@ class NoiseMode(enum.Enum):
   WEIGHTS = "weights"  # renormalised (softmax(QK'/sqrt(d)) + stddev N)_+ V
 
 
-class ComputeDtype(enum.Enum):
-  """What activations are computed in, whatever dtype parameters have."""
-
-  FLOAT32 = "float32"
-  BFLOAT16 = "bfloat16"
-
-
 class OptimizerName(enum.Enum):
   """The optimizer behind the privatizer."""
 
@@ -218,157 +223,6 @@ class DataConfig:
   audio: AudioConfig = dataclasses.field(default_factory=AudioConfig)
   on_bad_record: BadRecord = BadRecord.RAISE
   cache: bool = True
-
-
-@dataclasses.dataclass(slots=True, kw_only=True)
-class RopeScalingConfig:
-  """Llama 3.1's slower rotary frequencies, for sequences beyond training's.
-
-  Llama Team 2024, section 3.4.2, https://arxiv.org/abs/2407.21783, and its
-  published code. A frequency whose wavelength is below `original_max_seq_len /
-  high_freq_factor` tokens stays, one above `original_max_seq_len /
-  low_freq_factor` is divided by `factor`, and between the two it is blended.
-
-  Attributes:
-    factor: what low frequencies are divided by.
-    low_freq_factor: turns in the original length, below which it is in full.
-    high_freq_factor: turns in the original length, above which it is not.
-    original_max_seq_len: the length that the model was trained with first.
-  """
-
-  factor: float = 8.0
-  low_freq_factor: float = 1.0
-  high_freq_factor: float = 4.0
-  original_max_seq_len: int = 8192
-
-
-# What an adapter may stand beside: every matrix of a decoder layer.
-PROJECTIONS = (
-  "q_proj",
-  "k_proj",
-  "v_proj",
-  "o_proj",
-  "gate_proj",
-  "up_proj",
-  "down_proj",
-)
-
-
-@dataclasses.dataclass(slots=True, kw_only=True)
-class LoraConfig:
-  """Low-rank adapters beside frozen projections.
-
-  Hu et al. 2021, eq. 3, https://arxiv.org/abs/2106.09685.
-
-  Attributes:
-    rank: r, columns of A and rows of B.
-    alpha: the adapter's output is multiplied by alpha / rank.
-    targets: which of `PROJECTIONS` have one, in every layer.
-  """
-
-  rank: int = 8
-  alpha: float = 16.0
-  targets: tuple[str, ...] = ("q_proj", "v_proj")
-
-
-@dataclasses.dataclass(slots=True, kw_only=True)
-class LlamaConfig:
-  """Shape of the decoder; the defaults are Llama-7B.
-
-  Touvron et al. 2023, https://arxiv.org/abs/2302.13971.
-
-  Attributes:
-    vocab_size: rows of the embedding; at least `data.vocab_size`.
-    embed_dim: features of a token.
-    num_layers: decoder blocks.
-    num_heads: query heads.
-    num_kv_heads: key and value heads; divides `num_heads`.
-    head_dim: features of a head; even.
-    mlp_dim: hidden features of the feed-forward block.
-    max_seq_len: longest sequence, in tokens.
-    rope_theta: base of the rotary frequencies.
-    rope_scaling: Llama 3.1's change of the low frequencies, or None.
-    rms_norm_eps: added to the mean square before its root.
-    tie_embeddings: use the embedding as the output head.
-    remat: compute activations again in the backward pass: less memory.
-    compute_dtype: of activations; parameters have a dtype of their own, which
-      is float32 unless they were loaded in another one.
-    lora: adapters beside the projections, or None.
-  """
-
-  vocab_size: int = 32000
-  embed_dim: int = 4096
-  num_layers: int = 32
-  num_heads: int = 32
-  num_kv_heads: int = 32
-  head_dim: int = 128
-  mlp_dim: int = 11008
-  max_seq_len: int = 2048
-  rope_theta: float = 10000.0
-  rope_scaling: RopeScalingConfig | None = None
-  rms_norm_eps: float = 1e-6
-  tie_embeddings: bool = False
-  remat: bool = False
-  compute_dtype: ComputeDtype = ComputeDtype.FLOAT32
-  lora: LoraConfig | None = None
-
-
-def llama_tiny(*, vocab_size: int) -> LlamaConfig:
-  """A decoder for examples and laptops: 27,000 parameters or so."""
-  return LlamaConfig(
-    vocab_size=vocab_size,
-    embed_dim=32,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=2,
-    head_dim=16,
-    mlp_dim=64,
-    max_seq_len=64,
-  )
-
-
-@dataclasses.dataclass(slots=True, kw_only=True)
-class ImageStemConfig:
-  """A small CNN: 3x3 convolutions, then one token per pooled patch.
-
-  Attributes:
-    channels: output channels of each convolution; each halves the picture
-      where `strides` says 2.
-    strides: stride of each convolution.
-  """
-
-  channels: tuple[int, ...] = (16, 32)
-  strides: tuple[int, ...] = (1, 2)
-
-
-@dataclasses.dataclass(slots=True, kw_only=True)
-class AudioStemConfig:
-  """Groups of consecutive frames.
-
-  Attributes:
-    frames_per_token: frames that make one token.
-  """
-
-  frames_per_token: int = 6
-
-
-@dataclasses.dataclass(slots=True, kw_only=True)
-class ModelConfig:
-  """The multimodal network: stems, projectors, decoder.
-
-  Attributes:
-    decoder: see `LlamaConfig`.
-    image: stem of pictures; None leaves them out.
-    audio: stem of sounds; None leaves them out.
-  """
-
-  decoder: LlamaConfig = dataclasses.field(default_factory=LlamaConfig)
-  image: ImageStemConfig | None = dataclasses.field(
-    default_factory=ImageStemConfig
-  )
-  audio: AudioStemConfig | None = dataclasses.field(
-    default_factory=AudioStemConfig
-  )
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -483,6 +337,10 @@ class TrainConfig:
 
   Attributes:
     num_steps: optimizer steps.
+    trained: patterns of the names of what is trained, each a regular expression
+      for a whole name such as "decoder/layers/mlp/up_proj/kernel"; the rest is
+      frozen, in bfloat16. None given trains everything, or, where the decoder
+      has adapters, everything but the decoder's own parameters.
     expected_batch_size: public divisor of the noisy sum, in privacy units; with
       Poisson sampling the realised size varies around it.
     views_per_example: views of each drawn record, whose mean gradient is
@@ -493,6 +351,7 @@ class TrainConfig:
   """
 
   num_steps: int = 100
+  trained: tuple[str, ...] = ()
   expected_batch_size: int = 256
   views_per_example: int = 1
   eval_every_steps: int = 20
@@ -650,17 +509,6 @@ def validate(config: ExperimentConfig) -> None:
   _validate_data(config)
   _validate_model(config)
   _validate_training(config)
-  checks.positive(
-    **{
-      f"generate.{name}": getattr(config.generate, name)
-      for name in (
-        "num_records",
-        "batch_size",
-        "max_prompt_len",
-        "max_new_tokens",
-      )
-    }
-  )
 
 
 def _validate_account(account: AccountConfig) -> None:
@@ -846,7 +694,7 @@ def _validate_model(config: ExperimentConfig) -> None:
       "Rotary embeddings turn pairs of features.",
       head_dim=decoder.head_dim,
     )
-  _validate_decoder_options(decoder)
+  model_config.validate_options(decoder)
   if decoder.vocab_size < config.data.vocab_size:
     checks.fail(
       "model.decoder.vocab_size >= data.vocab_size",
@@ -874,37 +722,6 @@ def _validate_model(config: ExperimentConfig) -> None:
       "attention_noise.consistency_weight": noise.consistency_weight,
     }
   )
-
-
-def _validate_decoder_options(decoder: LlamaConfig) -> None:
-  scaling, lora = decoder.rope_scaling, decoder.lora
-  if scaling is not None:
-    checks.positive(
-      **{
-        "rope_scaling.factor": scaling.factor,
-        "rope_scaling.low_freq_factor": scaling.low_freq_factor,
-        "rope_scaling.original_max_seq_len": scaling.original_max_seq_len,
-      }
-    )
-    if not scaling.high_freq_factor > scaling.low_freq_factor:
-      checks.fail(
-        "rope_scaling.high_freq_factor > low_freq_factor",
-        high_freq_factor=scaling.high_freq_factor,
-        low_freq_factor=scaling.low_freq_factor,
-      )
-  if lora is not None:
-    checks.positive(
-      **{
-        "model.decoder.lora.rank": lora.rank,
-        "model.decoder.lora.alpha": lora.alpha,
-      }
-    )
-    unknown = [name for name in lora.targets if name not in PROJECTIONS]
-    if unknown or not lora.targets:
-      checks.fail(
-        f"model.decoder.lora.targets among {PROJECTIONS}, at least one",
-        **{"model.decoder.lora.targets": lora.targets},
-      )
 
 
 def _validate_training(config: ExperimentConfig) -> None:

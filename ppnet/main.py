@@ -31,7 +31,7 @@ from ppnet import config_args, sweep
 from ppnet.audit import run as audit
 from ppnet.core import checks, prng, records, workdirs
 from ppnet.data import prepare, text
-from ppnet.models import generate, hf, multimodal
+from ppnet.models import generate, hf, lora, multimodal
 from ppnet.privacy import budget, ledger
 from ppnet.report import budget as budget_figures
 from ppnet.report import figures, tables
@@ -230,6 +230,7 @@ def _checkpoint(
       for prompt in options.prompts
     ]
   else:
+    checks.positive(**{"generate.num_records": options.num_records})
     rows = [dataset[i] for i in range(min(options.num_records, len(dataset)))]
     rows = [row for row in rows if not row["is_padding_example"]]
     if not rows:
@@ -245,7 +246,7 @@ def _checkpoint(
   return _Given(
     tokenizer=tokenizer,
     model=experiment.program.model,
-    params=state.params,
+    params=lora.combine(state.params, experiment.program.frozen()),
     prompts=prompts,
     media=media,
   )

@@ -73,6 +73,20 @@ def matches(patterns: Sequence[str]) -> Callable[[str], bool]:
   return lambda name: any(pattern.fullmatch(name) for pattern in compiled)
 
 
+def trained_names(
+  config: config_lib.ExperimentConfig,
+) -> Callable[[str], bool] | None:
+  """Which of the network's parameters are trained; None is all of them.
+
+  See `config.TrainConfig.trained`.
+  """
+  if config.train.trained:
+    return matches(config.train.trained)
+  if config.model.decoder.lora is not None:
+    return lambda name: is_adapter(name) or not name.startswith("decoder/")
+  return None
+
+
 def partition(
   params: PyTree,
   is_trained: Callable[[str], bool],

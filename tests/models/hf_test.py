@@ -21,6 +21,14 @@ from ppnet.sharding import mesh as mesh_lib
 from tests.goldens import make_llama
 
 FAMILIES = list(make_llama.FAMILIES)
+# Compiling is what these cost: plain, grouped, tied and scaled by default.
+_BY_DEFAULT = ("llama_7b", "llama3_8b", "llama32_1b")
+PARITY = [
+  pytest.param(
+    family, marks=[] if family in _BY_DEFAULT else [pytest.mark.slow]
+  )
+  for family in FAMILIES
+]
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +120,7 @@ def plain(tokens):
 # Parity.
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PARITY)
 def test_logits_match_transformers(family, directory, goldens):
   config, params = hf.load(directory(family))
   assert config == make_llama.small(family)
@@ -136,7 +144,9 @@ def test_logits_match_transformers(family, directory, goldens):
   # Fails if: theta, epsilon, scaling, grouping or a transposition is off.
 
 
-@pytest.mark.parametrize("family", ["llama_7b", "llama32_1b"])
+@pytest.mark.parametrize(
+  "family", [pytest.param("llama_7b", marks=pytest.mark.slow), "llama32_1b"]
+)
 def test_bfloat16_is_as_close_to_float32_as_transformers_own(
   family, directory, goldens
 ):
@@ -269,9 +279,7 @@ def test_a_larger_vocabulary_leaves_old_tokens_alone(directory):
     ({"quantization_config": {"bits": 4}}, "quantization_config"),
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
     ({"rope_parameters": {"rope_type": "yarn"}}, "yarn"),
-    ({"rope_scaling": {"rope_type": "llama3"}}, r"rope_scaling\.factor"),
     ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary"),
-    ({"hidden_size": None}, "positive integer hidden_size"),
   ],
 )
 def test_a_config_that_is_not_implemented_is_refused(
@@ -279,8 +287,19 @@ def test_a_config_that_is_not_implemented_is_refused(
 ):
   raw = golden_configs["llama_7b"] | change
   (tmp_path / "config.json").write_text(json.dumps(raw))
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(ValueError, match=f"describe a plain Llama.*{message}"):
     hf.load(tmp_path)
+
+
+def test_a_config_that_lacks_something_is_refused(golden_configs, tmp_path):
+  for change, message in (
+    ({"rope_scaling": {"rope_type": "llama3"}}, r"give rope_scaling\.factor"),
+    ({"hidden_size": None}, "positive integer hidden_size"),
+  ):
+    raw = golden_configs["llama_7b"] | change
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match=message):
+      hf.load(tmp_path)
 
 
 def test_version_4_s_words_mean_the_same(golden_configs, tmp_path):
@@ -443,7 +462,8 @@ def test_loading_never_holds_two_copies(directory, tmp_path):
   ).stdout
   size, largest, peak = map(int, out.split())
   assert size > 150e6
-  assert peak < size + largest + 25e6, (size, largest, peak)
+  # The rest is code and what tracing the shapes takes: 23 MB when written.
+  assert peak < size + largest + 45e6, (size, largest, peak)
   assert peak > 0.9 * size  # It did measure.
   # Fails if: the files' tensors are gathered before they are placed.
 
