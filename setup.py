@@ -20,6 +20,7 @@ _INSTALL_REQUIRES = [
   "numpy>=2.0",
   "optax>=0.2.8",
   "orbax-checkpoint>=0.11.30",
+  "safetensors>=0.8",
   "scikit-learn>=1.5",
   "scipy>=1.14",
   "sentencepiece>=0.2",

@@ -12,7 +12,19 @@ import dataclasses
 import enum
 import re
 
+from ppnet import model_config
 from ppnet.core import checks
+
+# The shapes of networks, in a file of their own; these are their names.
+ComputeDtype = model_config.ComputeDtype
+RopeScalingConfig = model_config.RopeScalingConfig
+LoraConfig = model_config.LoraConfig
+LlamaConfig = model_config.LlamaConfig
+ImageStemConfig = model_config.ImageStemConfig
+AudioStemConfig = model_config.AudioStemConfig
+ModelConfig = model_config.ModelConfig
+llama_tiny = model_config.llama_tiny
+PROJECTIONS = model_config.PROJECTIONS
 
 # In the order in which they stand before the prompt. A name is the key of the
 # record's media, the field of `ModelConfig` that shapes its stem, and the
@@ -131,13 +143,6 @@ class NoiseMode(enum.Enum):
   WEIGHTS = "weights"  # renormalised (softmax(QK'/sqrt(d)) + stddev N)_+ V
 
 
-class ComputeDtype(enum.Enum):
-  """What activations are computed in; parameters are always float32."""
-
-  FLOAT32 = "float32"
-  BFLOAT16 = "bfloat16"
-
-
 class OptimizerName(enum.Enum):
   """The optimizer behind the privatizer."""
 
@@ -224,101 +229,6 @@ class DataConfig:
   audio: AudioConfig = dataclasses.field(default_factory=AudioConfig)
   on_bad_record: BadRecord = BadRecord.RAISE
   cache: bool = True
-
-
-@dataclasses.dataclass(slots=True, kw_only=True)
-class LlamaConfig:
-  """Shape of the decoder; the defaults are Llama-7B.
-
-  Touvron et al. 2023, https://arxiv.org/abs/2302.13971.
-
-  Attributes:
-    vocab_size: rows of the embedding; at least `data.vocab_size`.
-    embed_dim: features of a token.
-    num_layers: decoder blocks.
-    num_heads: query heads.
-    num_kv_heads: key and value heads; divides `num_heads`.
-    head_dim: features of a head; even.
-    mlp_dim: hidden features of the feed-forward block.
-    max_seq_len: longest sequence, in tokens.
-    rope_theta: base of the rotary frequencies.
-    rms_norm_eps: added to the mean square before its root.
-    tie_embeddings: use the embedding as the output head.
-    remat: compute activations again in the backward pass: less memory.
-    compute_dtype: of activations; parameters are always float32.
-  """
-
-  vocab_size: int = 32000
-  embed_dim: int = 4096
-  num_layers: int = 32
-  num_heads: int = 32
-  num_kv_heads: int = 32
-  head_dim: int = 128
-  mlp_dim: int = 11008
-  max_seq_len: int = 2048
-  rope_theta: float = 10000.0
-  rms_norm_eps: float = 1e-5
-  tie_embeddings: bool = False
-  remat: bool = False
-  compute_dtype: ComputeDtype = ComputeDtype.FLOAT32
-
-
-def llama_tiny(*, vocab_size: int) -> LlamaConfig:
-  """A decoder for examples and laptops: 27,000 parameters or so."""
-  return LlamaConfig(
-    vocab_size=vocab_size,
-    embed_dim=32,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=2,
-    head_dim=16,
-    mlp_dim=64,
-    max_seq_len=64,
-  )
-
-
-@dataclasses.dataclass(slots=True, kw_only=True)
-class ImageStemConfig:
-  """A small CNN: 3x3 convolutions, then one token per pooled patch.
-
-  Attributes:
-    channels: output channels of each convolution; each halves the picture
-      where `strides` says 2.
-    strides: stride of each convolution.
-  """
-
-  channels: tuple[int, ...] = (16, 32)
-  strides: tuple[int, ...] = (1, 2)
-
-
-@dataclasses.dataclass(slots=True, kw_only=True)
-class AudioStemConfig:
-  """Groups of consecutive frames.
-
-  Attributes:
-    frames_per_token: frames that make one token.
-  """
-
-  frames_per_token: int = 6
-
-
-@dataclasses.dataclass(slots=True, kw_only=True)
-class ModelConfig:
-  """The multimodal network: stems, projectors, decoder.
-
-  Attributes:
-    decoder: see `LlamaConfig`.
-    image: stem of pictures; None leaves them out.
-    audio: stem of sounds; None leaves them out.
-  """
-
-  decoder: LlamaConfig = dataclasses.field(default_factory=LlamaConfig)
-  image: ImageStemConfig | None = dataclasses.field(
-    default_factory=ImageStemConfig
-  )
-  audio: AudioStemConfig | None = dataclasses.field(
-    default_factory=AudioStemConfig
-  )
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -433,6 +343,10 @@ class TrainConfig:
 
   Attributes:
     num_steps: optimizer steps.
+    trained: patterns of the names of what is trained, each a regular expression
+      for a whole name such as "decoder/layers/mlp/up_proj/kernel"; the rest is
+      frozen, in bfloat16. None given trains everything, or, where the decoder
+      has adapters, everything but the decoder's own parameters.
     expected_batch_size: public divisor of the noisy sum, in privacy units; with
       Poisson sampling the realised size varies around it.
     views_per_example: views of each drawn record, whose mean gradient is
@@ -443,6 +357,7 @@ class TrainConfig:
   """
 
   num_steps: int = 100
+  trained: tuple[str, ...] = ()
   expected_batch_size: int = 256
   views_per_example: int = 1
   eval_every_steps: int = 20
@@ -513,6 +428,35 @@ class BenchConfig:
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
+class GenerateConfig:
+  """What the GENERATE job continues, and how.
+
+  Attributes:
+    weights: a Hugging Face directory of a Llama and its `tokenizer.model`;
+      empty takes the workdir's newest checkpoint.
+    prompts: texts to continue; none continues records of the test split, with
+      their pictures and sounds, which needs a checkpoint of this experiment.
+    num_records: how many of them.
+    batch_size: prompts that are continued at once.
+    max_prompt_len: longest prompt, in tokens.
+    max_new_tokens: at most this many new ones.
+    temperature: 0 takes the most likely token.
+    top_k: only this many of the most likely tokens; 0 is all.
+    top_p: of those, the fewest that have this probability together.
+  """
+
+  weights: str = ""
+  prompts: tuple[str, ...] = ()
+  num_records: int = 4
+  batch_size: int = 4
+  max_prompt_len: int = 64
+  max_new_tokens: int = 16
+  temperature: float = 0.0
+  top_k: int = 0
+  top_p: float = 1.0
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
 class ExperimentConfig:
   """One experiment.
 
@@ -531,6 +475,7 @@ class ExperimentConfig:
     perf: see `PerfConfig`.
     account: see `AccountConfig`.
     bench: see `BenchConfig`.
+    generate: see `GenerateConfig`.
   """
 
   name: str = "experiment"
@@ -550,6 +495,7 @@ class ExperimentConfig:
   perf: PerfConfig = dataclasses.field(default_factory=PerfConfig)
   account: AccountConfig = dataclasses.field(default_factory=AccountConfig)
   bench: BenchConfig = dataclasses.field(default_factory=BenchConfig)
+  generate: GenerateConfig = dataclasses.field(default_factory=GenerateConfig)
 
 
 def num_audio_frames(audio: AudioConfig) -> int:
@@ -774,6 +720,7 @@ def _validate_model(config: ExperimentConfig) -> None:
       "Rotary embeddings turn pairs of features.",
       head_dim=decoder.head_dim,
     )
+  model_config.validate_options(decoder)
   if decoder.vocab_size < config.data.vocab_size:
     checks.fail(
       "model.decoder.vocab_size >= data.vocab_size",

@@ -13,6 +13,7 @@ training. A run that was killed goes on where it was when the same
 command is given again.
 """
 
+import dataclasses
 import pathlib
 import sys
 import traceback
@@ -20,6 +21,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import tqdm
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -28,8 +30,9 @@ from ppnet import config as config_lib
 from ppnet import config_args, sweep
 from ppnet.audit import run as audit
 from ppnet.bench import engines
-from ppnet.core import checks, records, workdirs
-from ppnet.data import prepare
+from ppnet.core import checks, prng, records, workdirs
+from ppnet.data import prepare, text
+from ppnet.models import generate, hf, lora, multimodal
 from ppnet.privacy import budget, ledger
 from ppnet.report import budget as budget_figures
 from ppnet.report import figures, ratios, tables
@@ -150,12 +153,126 @@ def benchmark(
 
 _BENCHMARKS = {config_lib.BenchSubject.ENGINES: engines.run}
 
+
+def generate_text(
+  config: config_lib.ExperimentConfig, workdir: pathlib.Path
+) -> None:
+  """Continues prompts or test records; writes `generations.json`."""
+  options = config.generate
+  if options.weights:
+    given = _published(options)
+  else:
+    given = _checkpoint(config, workdir)
+  tokenizer, prompts, media = given.tokenizer, given.prompts, given.media
+  generator = generate.Generator(
+    given.model,
+    given.params,
+    batch_size=options.batch_size,
+    # Records have one length, and it is known.
+    max_prompt_len=options.max_prompt_len
+    if options.prompts
+    else len(prompts[0]),
+    max_new_tokens=options.max_new_tokens,
+  )
+  continued = generator(
+    prompts,
+    sampling=generate.Sampling(
+      temperature=options.temperature,
+      top_k=options.top_k,
+      top_p=options.top_p,
+    ),
+    stop_ids=[tokenizer.eos_id],
+    key=prng.stream(prng.root(config.seed), prng.Stream.GENERATE, 0),
+    media=media,
+  )
+  rows = [
+    {
+      "prompt": tokenizer.decode(prompt),
+      "continuation": tokenizer.decode(tokens),
+      "tokens": tokens,
+    }
+    for prompt, tokens in zip(prompts, continued, strict=True)
+  ]
+  records.write_json(workdir / "generations.json", rows)
+  for row in rows:
+    print(f"{row['prompt']!r} -> {row['continuation']!r}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Given:
+  """A model and what it is to continue."""
+
+  tokenizer: text.Tokenizer | text.PretrainedTokenizer
+  model: multimodal.PPNet
+  params: Any
+  prompts: list[list[int]]
+  media: dict[str, np.ndarray]
+
+
+def _published(options: config_lib.GenerateConfig) -> _Given:
+  """Published weights and the prompts' texts."""
+  if not options.prompts:
+    checks.fail(
+      "generate.prompts beside generate.weights",
+      "Set --config.generate.prompts='(\"Once upon a time\",)'.",
+      **{"generate.prompts": options.prompts},
+    )
+  folder = pathlib.Path(options.weights)
+  model, params = generate.text_only(*hf.load(folder))
+  tokenizer = text.PretrainedTokenizer.load(folder / "tokenizer.model")
+  return _Given(
+    tokenizer=tokenizer,
+    model=model,
+    params=params,
+    prompts=[tokenizer.encode(prompt, bos=True) for prompt in options.prompts],
+    media={},
+  )
+
+
+def _checkpoint(
+  config: config_lib.ExperimentConfig, workdir: pathlib.Path
+) -> _Given:
+  """The newest checkpoint; the prompts' texts, or the first test records."""
+  options = config.generate
+  experiment = loop.open_experiment(config, workdir)
+  state, _ = loop.restore(experiment)
+  tokenizer, dataset = experiment.tokenizer, experiment.datasets["test"]
+  media: dict[str, np.ndarray] = {}
+  if options.prompts:
+    prompts = [
+      [tokenizer.bos_id, *tokenizer.encode(prompt)]
+      for prompt in options.prompts
+    ]
+  else:
+    checks.positive(**{"generate.num_records": options.num_records})
+    rows = [dataset[i] for i in range(min(options.num_records, len(dataset)))]
+    rows = [row for row in rows if not row["is_padding_example"]]
+    if not rows:
+      checks.fail(
+        "a test record that can be read", num_records=options.num_records
+      )
+    prompts = [row["tokens"].tolist() for row in rows]
+    media = {
+      name: np.stack([row[name] for row in rows])
+      for name in config_lib.MODALITIES
+      if name in rows[0]
+    }
+  return _Given(
+    tokenizer=tokenizer,
+    model=experiment.program.model,
+    params=lora.combine(state.params, experiment.program.frozen()),
+    prompts=prompts,
+    media=media,
+  )
+
+
 _JOBS = {
   config_lib.Job.ACCOUNT: account,
   config_lib.Job.TRAIN: train,
   config_lib.Job.EVALUATE: evaluate,
   config_lib.Job.PREPARE: prepare_data,
   config_lib.Job.BENCHMARK: benchmark,
+  config_lib.Job.GENERATE: generate_text,
 }
 
 

@@ -70,6 +70,8 @@ class PPNet(nn.Module):
     *,
     media: Mapping[str, Array],
     noise: noisy_attention.AttentionNoise | None = None,
+    positions: Int[Array, "#B T"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
   ) -> Float[Array, "B T V"]:
     """Logits of the next token at every position, float32.
 
@@ -78,7 +80,21 @@ class PPNet(nn.Module):
       media: modality to its normalised arrays f32[B, ...]; one that the record
         lacks is left out, and costs nothing.
       noise: attention noise, or None.
+      positions: as for `llama.Llama`.
+      segment_ids: as for `llama.Llama`.
     """
+    return self.decoder(
+      tokens,
+      embeddings=self.embed(tokens, media),
+      noise=noise,
+      positions=positions,
+      segment_ids=segment_ids,
+    )
+
+  def embed(
+    self, tokens: Int[Array, "B T"], media: Mapping[str, Array]
+  ) -> Float[Array, "B T D"]:
+    """Embeddings of tokens, pictures and sounds in the placeholders' places."""
     embeddings = self.decoder.embed(tokens)
     for name, values in media.items():
       embeddings = merge_span(
@@ -87,4 +103,22 @@ class PPNet(nn.Module):
         placeholder=self.placeholder_ids[name],
         span=self.stems[name](values.astype(embeddings.dtype)),
       )
-    return self.decoder(tokens, embeddings=embeddings, noise=noise)
+    return embeddings
+
+  def extend(
+    self,
+    embeddings: Float[Array, "B T D"],
+    *,
+    positions: Int[Array, "#B T"],
+    cache: llama.KVCache,
+  ) -> tuple[Float[Array, "B T D"], llama.KVCache]:
+    """See `llama.Llama.extend`."""
+    return self.decoder.extend(embeddings, positions=positions, cache=cache)
+
+  def embed_tokens(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Embeddings of tokens that are no placeholders."""
+    return self.decoder.embed(tokens)
+
+  def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    """See `llama.Llama.logits`."""
+    return self.decoder.logits(x)

@@ -58,12 +58,17 @@ def predict(
   *,
   noise: noisy_attention.AttentionNoise | None,
 ) -> Float[Array, "B T V"]:
-  """Logits of a batch from the pipeline; absent modalities are left out."""
+  """Logits of a batch from the pipeline; absent modalities are left out.
+
+  A packed batch has "positions" and "segment_ids" [B, T] (`data.packing`).
+  """
   logits = model.apply(
     {"params": params},
     batch["tokens"],
     media=media(batch),
     noise=noise,
+    positions=batch.get("positions"),
+    segment_ids=batch.get("segment_ids"),
   )
   assert isinstance(logits, jax.Array)  # Linen declares a union.
   return logits
