@@ -80,6 +80,13 @@ class Sampler(enum.Enum):
   FULL_BATCH = "full_batch"
 
 
+class NoiseMechanism(enum.Enum):
+  """How the noise of one step depends on that of the others."""
+
+  INDEPENDENT = "independent"
+  BANDED = "banded"  # Correlated over steps; POISSON batches of groups in turn.
+
+
 class Accountant(enum.Enum):
   """How privacy loss composes over steps."""
 
@@ -325,6 +332,9 @@ class PrivacyConfig:
     sampler: how batches are drawn; the accountant is told the same.
     max_batch_size: examples that TRUNCATED_POISSON keeps at most; None for the
       other samplers.
+    noise_mechanism: INDEPENDENT, or BANDED with `num_bands`.
+    num_bands: steps over which BANDED noise is correlated, and groups of
+      examples that take turns; None for INDEPENDENT.
     accountant: PLD (tight) or RDP.
     neighboring_relation: which data sets are neighbours.
     unit: what is protected.
@@ -343,6 +353,8 @@ class PrivacyConfig:
   noise: bool = True
   sampler: Sampler = Sampler.POISSON
   max_batch_size: int | None = None
+  noise_mechanism: NoiseMechanism = NoiseMechanism.INDEPENDENT
+  num_bands: int | None = None
   accountant: Accountant = Accountant.PLD
   neighboring_relation: NeighboringRelation = (
     NeighboringRelation.ADD_OR_REMOVE_ONE
@@ -560,6 +572,24 @@ def _validate_privacy(privacy: PrivacyConfig) -> None:
     )
   if privacy.max_batch_size is not None:
     checks.positive(**{"privacy.max_batch_size": privacy.max_batch_size})
+  is_banded = privacy.noise_mechanism is NoiseMechanism.BANDED
+  if is_banded != (privacy.num_bands is not None):
+    checks.fail(
+      "privacy.num_bands with privacy.noise_mechanism=BANDED, and only there",
+      **{
+        "privacy.noise_mechanism": privacy.noise_mechanism.name,
+        "privacy.num_bands": privacy.num_bands,
+      },
+    )
+  if is_banded and privacy.sampler is not Sampler.POISSON:
+    checks.fail(
+      "privacy.sampler=POISSON with privacy.noise_mechanism=BANDED",
+      "Its groups take turns; no other sampler keeps an example out of steps"
+      " whose noise is correlated.",
+      **{"privacy.sampler": privacy.sampler.name},
+    )
+  if privacy.num_bands is not None:
+    checks.positive(**{"privacy.num_bands": privacy.num_bands})
   if privacy.unit is not PrivacyUnit.EXAMPLE:
     checks.fail(
       "privacy.unit=EXAMPLE",

@@ -26,6 +26,12 @@ def test_defaults_of_the_tests_are_valid():
       config_lib.Sampler.TRUNCATED_POISSON,
       "privacy.max_batch_size=None",
     ),
+    ("privacy.num_bands", 3, "privacy.num_bands with"),
+    (
+      "privacy.noise_mechanism",
+      config_lib.NoiseMechanism.BANDED,
+      "privacy.num_bands=None",
+    ),
     ("privacy.unit", config_lib.PrivacyUnit.USER, "privacy.unit"),
     ("data.image_channels", 2, r"1 \(grey\) or 3"),
     ("data.pixel_std", 0.0, "data.pixel_std > 0"),

@@ -14,7 +14,15 @@ from typing import Any
 import optax
 
 from ppnet import config as config_lib
-from ppnet.privacy import accounting, clipping, noise, parts, sampling
+from ppnet.core import checks
+from ppnet.privacy import (
+  accounting,
+  clipping,
+  correlated,
+  noise,
+  parts,
+  sampling,
+)
 from ppnet.privacy import participation as participation_lib
 
 
@@ -26,7 +34,9 @@ class Mechanism:
 
   1. takes the examples `sampler.draw(t)`, and no others,
   2. sums their gradients through `clipped_grad_fn` (several calls add up),
-  3. passes the sum through `privatizer()` with a fresh key, once, and
+  3. passes the sum through `privatizer()` with a fresh key, once, and the state
+     that the step before left, or a fresh one after a restart that the ledger
+     has charged, and
   4. uses nothing else that depends on the private examples
 
   is (`epsilon(T)`, `delta`)-DP after T steps, under `neighboring_relation`, for
@@ -45,7 +55,10 @@ class Mechanism:
     expected_batch_size: public divisor of the noisy sum.
     noise_multiplier: noise standard deviation over sensitivity; 0 if no noise
       is added.
-    noise_stddev: standard deviation of the noise on the sum.
+    noise_stddev: standard deviation of the noise on the sum; of the noise
+      before it is correlated, where it is.
+    noise_mechanism: whether the noises of different steps are independent.
+    num_bands: steps over which they are correlated; 1 if they are not.
     sensitivity: of the sum, under `neighboring_relation`; inf if unbounded.
     l2_clip_norm: bound on each unit's gradient (PER_EXAMPLE clipping).
     clipping: what is clipped.
@@ -68,6 +81,8 @@ class Mechanism:
   expected_batch_size: int
   noise_multiplier: float
   noise_stddev: float
+  noise_mechanism: config_lib.NoiseMechanism
+  num_bands: int
   sensitivity: float
   l2_clip_norm: float
   clipping: config_lib.Clipping
@@ -82,6 +97,19 @@ class Mechanism:
   sampler_seeded: bool
   noise_seeded: bool
   epsilon_curve: accounting.EpsilonCurve
+
+  def __post_init__(self) -> None:
+    """Correlated noise is only as good as the distance of participations."""
+    which = self.participation
+    if self.num_bands > 1 and not (
+      isinstance(which, participation_lib.CyclicPoisson)
+      and which.num_groups == self.num_bands
+    ):
+      checks.fail(
+        "as many groups that take turns as the noise has bands",
+        num_bands=self.num_bands,
+        participation=which,
+      )
 
   @property
   def sampling_prob(self) -> float:
@@ -142,7 +170,17 @@ class Mechanism:
     return grad_sum
 
   def privatizer(self) -> optax.GradientTransformationExtraArgs:
-    """Returns the transformation that adds the noise."""
+    """Returns the transformation that adds the noise.
+
+    Its state is kept from step to step, in memory alone (`noise.py` has none,
+    `correlated.py` says why).
+    """
+    if self.noise_mechanism is config_lib.NoiseMechanism.BANDED:
+      return correlated.banded_privatizer(
+        noise_stddev=self.noise_stddev,
+        num_steps=self.num_steps,
+        num_bands=self.num_bands,
+      )
     return noise.gaussian_privatizer(noise_stddev=self.noise_stddev)
 
   def epsilon(self, num_steps: int) -> float:
@@ -172,6 +210,8 @@ class Mechanism:
     return {
       "noise_multiplier": self.noise_multiplier,
       "noise_stddev": self.noise_stddev,
+      "noise_mechanism": self.noise_mechanism.name,
+      "num_bands": self.num_bands,
       "sampling_prob": self.sampling_prob,
       "sampler": self.sampler_name,
       "steps_per_release": self.participation.steps_per_release,
@@ -202,6 +242,9 @@ class Mechanism:
       ),
       config_lib.NeighboringRelation.REPLACE_ONE: "replacing one",
     }[self.neighboring_relation]
+    noises = ""
+    if self.noise_mechanism is config_lib.NoiseMechanism.BANDED:
+      noises = f" noise of {self.num_bands} bands,"
     place = ""
     if (
       self.participation.keeps_place
@@ -226,6 +269,7 @@ class Mechanism:
       f"{num_steps} steps are ({self.epsilon(num_steps):.4g},"
       f" {self.delta:.4g})-differentially private with respect to {relation}"
       f" training {self.unit.value}{place} ({self.sampler_name} sampling,"
+      f"{noises}"
       f" {self.accountant.name} accountant){caveat}."
     )
 
@@ -274,13 +318,15 @@ def build(
   has_bound = clip is config_lib.Clipping.PER_EXAMPLE
   return Mechanism(
     sampler=sampler,
-    sampler_name=privacy.sampler.name,
+    sampler_name=parts.sampler_name(config),
     num_steps=config.train.num_steps,
     expected_batch_size=config.train.expected_batch_size,
     noise_multiplier=noise_multiplier,
     # A clipping ablation has no finite sensitivity to scale by. It gets the
     # noise of the run it is compared with, so that only the clipping differs.
     noise_stddev=noise_multiplier * bounded if has_noise else 0.0,
+    noise_mechanism=privacy.noise_mechanism,
+    num_bands=privacy.num_bands or 1,
     sensitivity=bounded if has_bound else math.inf,
     l2_clip_norm=float(privacy.l2_clip_norm),
     clipping=clip,

@@ -52,6 +52,7 @@ def check(config: config_lib.ExperimentConfig, num_examples: int) -> None:
       sampler=privacy.sampler,
       max_batch_size=privacy.max_batch_size,
     )
+  _check_bands(config, num_examples)
   if not privacy.enabled:
     return
   if privacy.unit is not config_lib.PrivacyUnit.EXAMPLE:
@@ -82,6 +83,37 @@ def check(config: config_lib.ExperimentConfig, num_examples: int) -> None:
     )
 
 
+def _check_bands(
+  config: config_lib.ExperimentConfig, num_examples: int
+) -> None:
+  """Raises where banded noise fits neither sampler nor data nor length."""
+  privacy, bands = config.privacy, config.privacy.num_bands
+  is_banded = privacy.noise_mechanism is config_lib.NoiseMechanism.BANDED
+  if is_banded != (bands is not None) or (
+    is_banded and privacy.sampler is not config_lib.Sampler.POISSON
+  ):
+    checks.fail(
+      "BANDED noise with num_bands and the POISSON sampler, or neither",
+      noise_mechanism=privacy.noise_mechanism.name,
+      num_bands=bands,
+      sampler=privacy.sampler,
+    )
+  if bands is None:
+    return
+  checks.positive(num_bands=bands)
+  checks.at_most(config.train.num_steps, num_bands=bands)
+  if bands * config.train.expected_batch_size > num_examples:
+    most = num_examples // config.train.expected_batch_size
+    checks.fail(
+      "num_bands * expected_batch_size <= num_examples",
+      "A batch is drawn from one of num_bands groups. Use"
+      f" --config.privacy.num_bands={most} or less.",
+      num_bands=bands,
+      expected_batch_size=config.train.expected_batch_size,
+      num_examples=num_examples,
+    )
+
+
 def sampler(
   config: config_lib.ExperimentConfig,
   num_examples: int,
@@ -102,6 +134,14 @@ def sampler(
       sampling.root_from_entropy()
       if privacy.sampler_seed is None
       else sampling.root_from_seed(privacy.sampler_seed, domain=_SAMPLER_DOMAIN)
+    )
+  if privacy.noise_mechanism is config_lib.NoiseMechanism.BANDED:
+    assert privacy.num_bands is not None, "check wants it."
+    return sampling.CyclicPoissonSampler(
+      num_examples=num_examples,
+      group_sampling_prob=batch_size * privacy.num_bands / num_examples,
+      num_groups=privacy.num_bands,
+      root=sampler_root,
     )
   match privacy.sampler:
     case config_lib.Sampler.POISSON:
@@ -129,6 +169,13 @@ def sampler(
         num_examples=num_examples, batch_size=batch_size, root=sampler_root
       )
   checks.fail("a sampler that an accountant covers", sampler=privacy.sampler)
+
+
+def sampler_name(config: config_lib.ExperimentConfig) -> str:
+  """What a claim calls the sampler."""
+  if config.privacy.noise_mechanism is config_lib.NoiseMechanism.BANDED:
+    return "CYCLIC_POISSON"
+  return config.privacy.sampler.name
 
 
 def noise_multiplier(

@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ppnet import config as config_lib
 from ppnet.core import checks, prng, trees
 from ppnet.models import multimodal
+from ppnet.privacy import correlated
 from ppnet.privacy import mechanism as mechanism_lib
 from ppnet.sharding import mesh as mesh_lib
 from ppnet.sharding import rules as rules_lib
@@ -37,7 +38,9 @@ class Program:
     init: () -> TrainState.
     init_grad_sum: params -> an empty `step.GradSum`.
     accumulate: see `step.accumulate`; the running sum is donated.
-    update: see `step.update`; the state is donated.
+    init_noise_state: params -> the state of the DP noise before step 0.
+    replay_noise: see `step.replay_noise`; the noise state is donated.
+    update: see `step.update`; both states are donated.
     evaluate: see `step.evaluate`.
   """
 
@@ -50,6 +53,8 @@ class Program:
   init: Any
   init_grad_sum: Any
   accumulate: Any
+  init_noise_state: Any
+  replay_noise: Any
   update: Any
   evaluate: Any
 
@@ -112,6 +117,9 @@ def build(
   sum_sharding = step_lib.GradSum(
     total=shardings.params, num_examples=rules_lib.replicated(mesh)
   )
+  noise_shardings = _noise_shardings(
+    mechanism, abstract_state.params, shardings.params, mesh=mesh
+  )
   loss_fn = losses.make_loss_fn(model, config.attention_noise)
   # Shardings of inputs travel with the arrays; outputs are pinned, so that no
   # step can change where the state lives.
@@ -132,6 +140,14 @@ def build(
       donate_argnames="grad_sum",
       out_shardings=(sum_sharding, None),
     ),
+    init_noise_state=jax.jit(
+      mechanism.privatizer().init, out_shardings=noise_shardings
+    ),
+    replay_noise=jax.jit(
+      functools.partial(step_lib.replay_noise, mechanism=mechanism),
+      donate_argnames="noise_state",
+      out_shardings=noise_shardings,
+    ),
     update=jax.jit(
       functools.partial(
         step_lib.update,
@@ -141,8 +157,12 @@ def build(
           config.optimizer, config.train.num_steps
         ),
       ),
-      donate_argnames="state",
-      out_shardings=(shardings, rules_lib.replicated(mesh)),
+      donate_argnames=("state", "noise_state"),
+      out_shardings=(
+        shardings,
+        noise_shardings,
+        rules_lib.replicated(mesh),
+      ),
     ),
     evaluate=jax.jit(
       functools.partial(
@@ -209,4 +229,24 @@ def _state_shardings(
   )
   return state_lib.TrainState(
     step=replicated, params=params, opt_state=opt_state
+  )
+
+
+def _noise_shardings(
+  mechanism: mechanism_lib.Mechanism,
+  abstract_params: Any,
+  param_shardings: Any,
+  *,
+  mesh: Mesh,
+) -> Any:
+  """One sharding per leaf of the noise state: noise lives as parameters do."""
+  state = jax.eval_shape(mechanism.privatizer().init, abstract_params)
+  if not isinstance(state, correlated.BandedState):
+    return jax.tree.map(lambda _: rules_lib.replicated(mesh), state)
+  return correlated.BandedState(
+    step=rules_lib.replicated(mesh),
+    history=jax.tree.map(
+      lambda sharding: NamedSharding(mesh, PartitionSpec(None, *sharding.spec)),
+      param_shardings,
+    ),
   )
