@@ -266,7 +266,7 @@ class Mechanism:
         " and the ".join(seeded)
       )
     return (
-      f"{num_steps} steps are ({self.epsilon(num_steps):.4g},"
+      f"{num_steps} steps are ({_rounded_up(self.epsilon(num_steps))},"
       f" {self.delta:.4g})-differentially private with respect to {relation}"
       f" training {self.unit.value}{place} ({self.sampler_name} sampling,"
       f"{noises}"
@@ -349,6 +349,15 @@ def build(
       neighboring_relation=privacy.neighboring_relation,
     ),
   )
+
+
+def _rounded_up(epsilon: float) -> str:
+  """Four digits of it; a claim is rounded to a weaker one, never a stronger."""
+  if not 0 < epsilon < math.inf:
+    return f"{epsilon:.4g}"
+  scale = 10.0 ** (3 - math.floor(math.log10(epsilon)))
+  # The slack keeps what rounding in binary lifted by its last digit.
+  return f"{math.ceil(epsilon * scale - 1e-9) / scale:.4g}"
 
 
 def noise_root_entropy(config: config_lib.ExperimentConfig) -> int:
