@@ -115,6 +115,13 @@ class Sampler(enum.Enum):
   FULL_BATCH = "full_batch"
 
 
+class NoiseMechanism(enum.Enum):
+  """How the noise of one step depends on that of the others."""
+
+  INDEPENDENT = "independent"
+  BANDED = "banded"  # Correlated over steps; POISSON batches of groups in turn.
+
+
 class Accountant(enum.Enum):
   """How privacy loss composes over steps."""
 
@@ -277,6 +284,9 @@ class PrivacyConfig:
     sampler: how batches are drawn; the accountant is told the same.
     max_batch_size: examples that TRUNCATED_POISSON keeps at most; None for the
       other samplers.
+    noise_mechanism: INDEPENDENT, or BANDED with `num_bands`.
+    num_bands: steps over which BANDED noise is correlated, and groups of
+      examples that take turns; None for INDEPENDENT.
     accountant: PLD (tight) or RDP.
     neighboring_relation: which data sets are neighbours.
     unit: what is protected: a record, or all records of a user. Batch sizes,
@@ -303,6 +313,8 @@ class PrivacyConfig:
   noise: bool = True
   sampler: Sampler = Sampler.POISSON
   max_batch_size: int | None = None
+  noise_mechanism: NoiseMechanism = NoiseMechanism.INDEPENDENT
+  num_bands: int | None = None
   accountant: Accountant = Accountant.PLD
   neighboring_relation: NeighboringRelation = (
     NeighboringRelation.ADD_OR_REMOVE_ONE
@@ -594,6 +606,16 @@ def _validate_privacy(privacy: PrivacyConfig) -> None:
     )
   if privacy.clip_count_stddev is not None:
     checks.positive(**{"privacy.clip_count_stddev": privacy.clip_count_stddev})
+
+  is_banded = privacy.noise_mechanism is NoiseMechanism.BANDED
+  if is_banded != (privacy.num_bands is not None):
+    checks.fail(
+      "privacy.num_bands with privacy.noise_mechanism=BANDED, and only there",
+      **{
+        "privacy.noise_mechanism": privacy.noise_mechanism.name,
+        "privacy.num_bands": privacy.num_bands,
+      },
+    )
 
 
 def _validate_units(config: ExperimentConfig) -> None:

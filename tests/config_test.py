@@ -33,6 +33,12 @@ def test_defaults_of_the_tests_are_valid():
     ("privacy.normalize_stabilizer", 0.0, "normalize_stabilizer > 0"),
     ("train.views_per_example", 0, "views_per_example > 0"),
     ("data.user_pattern", "(.*)/.*", "source IMAGE_FOLDER alone"),
+    ("privacy.num_bands", 3, "privacy.num_bands with"),
+    (
+      "privacy.noise_mechanism",
+      config_lib.NoiseMechanism.BANDED,
+      "privacy.num_bands=None",
+    ),
     ("data.image_channels", 2, r"1 \(grey\) or 3"),
     ("data.pixel_std", 0.0, "data.pixel_std > 0"),
     ("data.test_fraction", 1.0, "data.test_fraction < 1"),

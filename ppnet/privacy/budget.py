@@ -72,9 +72,11 @@ def budget(
       for i in range(1, 5)
     ),
     *(("needed", lambda t=t: _needed(built, t)) for t in TARGETS),
+    ("samplers", lambda: _own_sampler(built)),
     *(
       ("samplers", lambda s=s: _with_sampler(config, built, num_examples, s))
       for s in config_lib.Sampler
+      if s.name != built.sampler_name
     ),
     *(
       ("curves", lambda a=a, r=r, n=n: _under(built, a, r, num_steps=n))
@@ -162,14 +164,28 @@ def _needed(built: mechanism_lib.Mechanism, target: float) -> dict[str, Any]:
   )
 
 
+def _own_sampler(built: mechanism_lib.Mechanism) -> dict[str, Any]:
+  """The row of the run itself, before those that it is compared with."""
+  which = built.participation
+  return {
+    "sampler": built.sampler_name,
+    "max_batch_size": getattr(which, "max_batch_size", None),
+    "sampling_prob": built.sampling_prob,
+    "epsilon": built.epsilon(built.num_steps),
+    "why_not": "",
+  }
+
+
 def _with_sampler(
   config: config_lib.ExperimentConfig,
   built: mechanism_lib.Mechanism,
   num_examples: int,
   sampler: config_lib.Sampler,
 ) -> dict[str, Any]:
-  """Epsilon of the same noise with batches drawn in another way."""
+  """Epsilon of the same noise, but independent, and of other batches."""
   config = copy.deepcopy(config)
+  config.privacy.noise_mechanism = config_lib.NoiseMechanism.INDEPENDENT
+  config.privacy.num_bands = None
   config.privacy.sampler = sampler
   size = config.train.expected_batch_size
   if sampler is not config_lib.Sampler.TRUNCATED_POISSON:

@@ -15,11 +15,13 @@ import jax
 import optax
 
 from ppnet import config as config_lib
+from ppnet.core import checks
 from ppnet.privacy import (
   accounting,
   adaptive,
   clip_rules,
   clipping,
+  correlated,
   noise,
   parts,
   sampling,
@@ -37,8 +39,10 @@ class Mechanism:
   1. takes the units `sampler.draw(t)`, and no others, each in `rows_per_unit`
      rows of its own,
   2. sums their gradients through `clipped_grad_fn` (several calls add up),
-  3. passes the sum through `privatizer()` with a fresh key, once, and the count
-     of `adaptive`, where there is one, through `next_clip_norm`, once, and
+  3. passes the sum through `privatizer()` with a fresh key, once, and the state
+     that the step before left, or a fresh one after a restart that the ledger
+     has charged; and the count of `adaptive`, where there is one, through
+     `next_clip_norm`, once, and
   4. uses nothing else that depends on the private units
 
   is (`epsilon(T)`, `delta`)-DP after T steps, under `neighboring_relation`, for
@@ -58,7 +62,10 @@ class Mechanism:
     noise_multiplier: noise standard deviation over sensitivity, of all that a
       step releases; what is accounted for. 0 if no noise is added.
     noise_stddev: standard deviation of the noise on the sum: the multiplier
-      times the sensitivity, and more where a count has its part of the budget.
+      times the sensitivity, and more where a count has its part of the budget;
+      of the noise before it is correlated, where it is.
+    noise_mechanism: whether the noises of different steps are independent.
+    num_bands: steps over which they are correlated; 1 if they are not.
     sensitivity: of the sum, under `neighboring_relation`; inf if unbounded. In
       units of the clip norm where that follows a quantile.
     l2_clip_norm: bound on each unit's gradient (PER_EXAMPLE clipping), the
@@ -91,6 +98,8 @@ class Mechanism:
   expected_batch_size: int
   noise_multiplier: float
   noise_stddev: float
+  noise_mechanism: config_lib.NoiseMechanism
+  num_bands: int
   sensitivity: float
   l2_clip_norm: float
   clipping: config_lib.Clipping
@@ -112,6 +121,19 @@ class Mechanism:
   sampler_seeded: bool
   noise_seeded: bool
   epsilon_curve: accounting.EpsilonCurve
+
+  def __post_init__(self) -> None:
+    """Correlated noise is only as good as the distance of participations."""
+    which = self.participation
+    if self.num_bands > 1 and not (
+      isinstance(which, participation_lib.CyclicPoisson)
+      and which.num_groups == self.num_bands
+    ):
+      checks.fail(
+        "as many groups that take turns as the noise has bands",
+        num_bands=self.num_bands,
+        participation=which,
+      )
 
   @property
   def sampling_prob(self) -> float:
@@ -195,7 +217,17 @@ class Mechanism:
     return grad_sum
 
   def privatizer(self) -> optax.GradientTransformationExtraArgs:
-    """Returns the transformation that adds the noise."""
+    """Returns the transformation that adds the noise.
+
+    Its state is kept from step to step, in memory alone (`noise.py` has none,
+    `correlated.py` says why).
+    """
+    if self.noise_mechanism is config_lib.NoiseMechanism.BANDED:
+      return correlated.banded_privatizer(
+        noise_stddev=self.noise_stddev,
+        num_steps=self.num_steps,
+        num_bands=self.num_bands,
+      )
     return noise.gaussian_privatizer(noise_stddev=self.noise_stddev)
 
   @property
@@ -260,6 +292,8 @@ class Mechanism:
     return {
       "noise_multiplier": self.noise_multiplier,
       "noise_stddev": self.noise_stddev,
+      "noise_mechanism": self.noise_mechanism.name,
+      "num_bands": self.num_bands,
       "sampling_prob": self.sampling_prob,
       "sampler": self.sampler_name,
       "steps_per_release": self.participation.steps_per_release,
@@ -322,6 +356,8 @@ class Mechanism:
       f"{self.sampler_name} sampling",
       f"{self.accountant.name} accountant",
     ]
+    if self.noise_mechanism is config_lib.NoiseMechanism.BANDED:
+      how.append(f"noise of {self.num_bands} bands")
     if self.unit is config_lib.PrivacyUnit.USER:
       unit += " with all their records"
       how.append(f"at most {self.rows_per_unit} records of a user in a step")
@@ -334,7 +370,7 @@ class Mechanism:
     if self.adaptive:
       how.append("a clip norm that adapts, its noisy counts included")
     return (
-      f"{num_steps} steps are ({self.epsilon(num_steps):.4g},"
+      f"{num_steps} steps are ({_rounded_up(self.epsilon(num_steps))},"
       f" {self.delta:.4g})-differentially private with respect to {relation}"
       f" {unit}{place} ({', '.join(how)}){caveat}."
     )
@@ -394,13 +430,15 @@ def build(
     )
   return Mechanism(
     sampler=sampler,
-    sampler_name=privacy.sampler.name,
+    sampler_name=parts.sampler_name(config),
     num_steps=config.train.num_steps,
     expected_batch_size=config.train.expected_batch_size,
     noise_multiplier=noise_multiplier,
     # A clipping ablation has no finite sensitivity to scale by. It gets the
     # noise of the run it is compared with, so that only the clipping differs.
     noise_stddev=grad_noise_multiplier * bounded if has_noise else 0.0,
+    noise_mechanism=privacy.noise_mechanism,
+    num_bands=privacy.num_bands or 1,
     sensitivity=bounded if has_bound else math.inf,
     l2_clip_norm=float(privacy.l2_clip_norm),
     clipping=clip,
@@ -442,6 +480,15 @@ def build(
       neighboring_relation=privacy.neighboring_relation,
     ),
   )
+
+
+def _rounded_up(epsilon: float) -> str:
+  """Four digits of it; a claim is rounded to a weaker one, never a stronger."""
+  if not 0 < epsilon < math.inf:
+    return f"{epsilon:.4g}"
+  scale = 10.0 ** (3 - math.floor(math.log10(epsilon)))
+  # The slack keeps what rounding in binary lifted by its last digit.
+  return f"{math.ceil(epsilon * scale - 1e-9) / scale:.4g}"
 
 
 def noise_root_entropy(config: config_lib.ExperimentConfig) -> int:

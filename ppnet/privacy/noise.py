@@ -71,20 +71,41 @@ def gaussian_privatizer(
   ) -> tuple[optax.Updates, optax.EmptyState]:
     del params, extra_args  # Noise depends on the key alone.
     _check_key(noise_key)
-    leaves, structure = jax.tree.flatten(grad_sum)
-    leaves = [leaf.astype(jnp.float32) for leaf in leaves]
+    total = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), grad_sum)
     if noise_stddev > 0:
-      keys = jax.random.split(noise_key, len(leaves))
-      leaves = [
-        leaf
-        + noise_stddev * jax.random.normal(keys[i], leaf.shape, jnp.float32)
-        for i, leaf in enumerate(leaves)
-      ]
-    return jax.tree.unflatten(structure, leaves), state
+      drawn = standard_normal(noise_key, total)
+      total = jax.tree.map(
+        lambda leaf, z: leaf + noise_stddev * z, total, drawn
+      )
+    return total, state
 
   # Optax passes the first argument by position; its name says what may enter.
   # pyrefly: ignore [bad-argument-type]
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def standard_normal(noise_key: jax.Array, tree: Any) -> Any:
+  """Independent N(0, 1) draws in float32, in the structure of `tree`.
+
+  A function of the key and of the shapes alone; each leaf has a key of its own.
+
+  Args:
+    noise_key: one typed threefry key, used up by the call.
+    tree: arrays; only their shapes are read.
+
+  Raises:
+    ValueError: the key is legacy, batched, or not threefry.
+  """
+  _check_key(noise_key)
+  leaves, structure = jax.tree.flatten(tree)
+  keys = jax.random.split(noise_key, len(leaves))
+  return jax.tree.unflatten(
+    structure,
+    [
+      jax.random.normal(keys[i], leaf.shape, jnp.float32)
+      for i, leaf in enumerate(leaves)
+    ],
+  )
 
 
 def _check_key(noise_key: jax.Array) -> None:

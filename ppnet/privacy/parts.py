@@ -58,6 +58,7 @@ def check(config: config_lib.ExperimentConfig, num_examples: int) -> None:
       sampler=privacy.sampler,
       max_batch_size=privacy.max_batch_size,
     )
+  _check_bands(config, num_examples)
   if not privacy.enabled:
     return
   if (
@@ -105,6 +106,47 @@ def check(config: config_lib.ExperimentConfig, num_examples: int) -> None:
     )
 
 
+def _check_bands(
+  config: config_lib.ExperimentConfig, num_examples: int
+) -> None:
+  """Raises where banded noise fits neither sampler nor data nor length."""
+  privacy, bands = config.privacy, config.privacy.num_bands
+  is_banded = privacy.noise_mechanism is config_lib.NoiseMechanism.BANDED
+  if is_banded != (bands is not None) or (
+    is_banded and privacy.sampler is not config_lib.Sampler.POISSON
+  ):
+    checks.fail(
+      "BANDED noise with num_bands and the POISSON sampler, or neither",
+      "Its groups take turns; no other sampler keeps an example out of steps"
+      " whose noise is correlated.",
+      noise_mechanism=privacy.noise_mechanism.name,
+      num_bands=bands,
+      sampler=privacy.sampler,
+    )
+  if bands is None:
+    return
+  checks.positive(num_bands=bands)
+  checks.at_most(config.train.num_steps, num_bands=bands)
+  if privacy.clip_quantile is not None:
+    checks.fail(
+      "a fixed clip norm with BANDED noise",
+      "Correlated noise takes back what earlier steps added, which was in units"
+      " of another clip norm. Set --config.privacy.clip_quantile=none.",
+      clip_quantile=privacy.clip_quantile,
+      noise_mechanism=privacy.noise_mechanism.name,
+    )
+  if bands * config.train.expected_batch_size > num_examples:
+    most = num_examples // config.train.expected_batch_size
+    checks.fail(
+      "num_bands * expected_batch_size <= num_examples",
+      "A batch is drawn from one of num_bands groups. Use"
+      f" --config.privacy.num_bands={most} or less.",
+      num_bands=bands,
+      expected_batch_size=config.train.expected_batch_size,
+      num_examples=num_examples,
+    )
+
+
 def sampler_root(config: config_lib.ExperimentConfig, given: int | None) -> int:
   """The secret of the batches: given, from the config's seed, or entropy."""
   if given is not None:
@@ -130,6 +172,14 @@ def sampler(
   privacy, batch_size = config.privacy, config.train.expected_batch_size
   if privacy.sampler is config_lib.Sampler.FULL_BATCH:
     return sampling.FullBatchSampler(num_examples=num_examples)
+  if privacy.noise_mechanism is config_lib.NoiseMechanism.BANDED:
+    assert privacy.num_bands is not None, "check wants it."
+    return sampling.CyclicPoissonSampler(
+      num_examples=num_examples,
+      group_sampling_prob=batch_size * privacy.num_bands / num_examples,
+      num_groups=privacy.num_bands,
+      root=root,
+    )
   match privacy.sampler:
     case config_lib.Sampler.POISSON:
       return sampling.PoissonSampler(
@@ -156,6 +206,13 @@ def sampler(
         num_examples=num_examples, batch_size=batch_size, root=root
       )
   checks.fail("a sampler that an accountant covers", sampler=privacy.sampler)
+
+
+def sampler_name(config: config_lib.ExperimentConfig) -> str:
+  """What a claim calls the sampler."""
+  if config.privacy.noise_mechanism is config_lib.NoiseMechanism.BANDED:
+    return "CYCLIC_POISSON"
+  return config.privacy.sampler.name
 
 
 def noise_multiplier(

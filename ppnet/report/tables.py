@@ -310,6 +310,12 @@ def _budget_facts(budget: Mapping[str, Any]) -> str:
     ("training examples (N, public)", f"{budget['num_examples']:,}"),
     ("expected batch size", f"{budget['expected_batch_size']:,}"),
     ("sampler", str(budget["sampler"])),
+    (
+      "noise over steps",
+      f"{budget['num_bands']} bands"
+      if budget["noise_mechanism"] == "BANDED"
+      else "independent",
+    ),
     ("share of N in a batch", f"{budget['sampling_prob']:.6g}"),
     ("steps", f"{budget['num_steps']:,}"),
     ("epochs", f"{budget['epochs']:.4g}"),

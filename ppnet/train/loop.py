@@ -23,6 +23,7 @@ import tqdm
 from ppnet import config as config_lib
 from ppnet.core import checks, prng
 from ppnet.data import pipeline, prepare, sources, text
+from ppnet.privacy import correlated
 from ppnet.privacy import ledger as ledger_lib
 from ppnet.privacy import mechanism as mechanism_lib
 from ppnet.train import checkpoint, metrics
@@ -286,6 +287,7 @@ class _Run:
     self._noise_key = self._program.put(
       prng.root(mechanism_lib.noise_root_entropy(config))
     )
+    self._noise_state = self._start_noise()
     self._clips_each_example = (
       self._mechanism.clipping is config_lib.Clipping.PER_EXAMPLE
     )
@@ -323,6 +325,23 @@ class _Run:
       )
     self._steps_data.set_state(position["data"])
     return state, ledger
+
+  def _start_noise(self) -> Any:
+    """The state of the noise at the first step; it is never saved.
+
+    A seeded root draws the noise of the earlier steps again. A fresh one knows
+    nothing of it and begins anew, which the ledger has charged.
+    """
+    program, params = self._program, self.state.params
+    state = program.init_noise_state(params)
+    if not self._mechanism.noise_seeded:
+      return correlated.start_at(state, self._start_step, put=program.put)
+    if jax.tree.leaves(state):  # Independent noise has no state.
+      for step in range(self._start_step):
+        state = program.replay_noise(
+          params, self._noise_key, state, program.put(np.int32(step))
+        )
+    return state
 
   def steps(self, log: Any) -> bool:
     """Runs what is left; True where the budget ended it early."""
@@ -377,7 +396,9 @@ class _Run:
         self.state.clip_norm,
       )
       parts.append(part)
-    self.state, scalars = program.update(self.state, grad_sum, self._noise_key)
+    self.state, self._noise_state, scalars = program.update(
+      self.state, grad_sum, self._noise_key, self._noise_state
+    )
     del grad_sum  # Donated, and private.
     return parts, scalars
 

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ppnet import config as config_lib
 from ppnet.core import checks, prng, trees
 from ppnet.models import hf, lora, multimodal
-from ppnet.privacy import engine_choice
+from ppnet.privacy import correlated, engine_choice
 from ppnet.privacy import mechanism as mechanism_lib
 from ppnet.sharding import mesh as mesh_lib
 from ppnet.sharding import rules as rules_lib
@@ -44,7 +44,9 @@ class Program:
     init: () -> TrainState.
     init_grad_sum: params -> an empty `step.GradSum`.
     accumulate: see `step.accumulate`; the running sum is donated.
-    update: see `step.update`; the state is donated.
+    init_noise_state: params -> the state of the DP noise before step 0.
+    replay_noise: see `step.replay_noise`; the noise state is donated.
+    update: see `step.update`; both states are donated.
     evaluate: see `step.evaluate`.
     frozen: () -> the parameters that are not trained, computed or read once;
       `models.lora.combine` puts them and the trained ones together.
@@ -60,6 +62,8 @@ class Program:
   init: Any
   init_grad_sum: Any
   accumulate: Any
+  init_noise_state: Any
+  replay_noise: Any
   update: Any
   evaluate: Any
   frozen: Any
@@ -99,16 +103,8 @@ def build(
     ValueError: the mesh or the microbatch does not fit the devices, no
       parameter would be trained, or the decoder's weights are another model's.
   """
-  mesh = mesh_lib.build(config.mesh, devices)
+  mesh = _mesh(config, devices)
   rules = rules_lib.Rules()
-  ways = mesh.shape["data"] * mesh.shape["fsdp"]
-  if config.perf.microbatch_size % ways:
-    checks.fail(
-      f"perf.microbatch_size to be a multiple of the {ways} devices that share"
-      " a batch",
-      f"Use {-(-config.perf.microbatch_size // ways) * ways}.",
-      **{"perf.microbatch_size": config.perf.microbatch_size},
-    )
   model = multimodal.PPNet(config.model, dict(placeholder_ids))
   tx = optimizer.build(config.optimizer, config.train.num_steps)
   root_key = jax.device_put(prng.root(config.seed), rules_lib.replicated(mesh))
@@ -134,6 +130,9 @@ def build(
   replicated = rules_lib.replicated(mesh)
   sum_sharding = step_lib.GradSum(
     total=shardings.params, num_units=replicated, count=replicated
+  )
+  noise_shardings = _noise_shardings(
+    mechanism, abstract_state.params, shardings.params, mesh=mesh
   )
   loss_fn = losses.make_loss_fn(model, config.attention_noise)
   clipped_grad_of = _clipped_grad_of(
@@ -167,6 +166,7 @@ def build(
       donate_argnames="grad_sum",
       out_shardings=(sum_sharding, None),
     ),
+    **_noise_programs(mechanism, noise_shardings),
     update=jax.jit(
       functools.partial(
         step_lib.update,
@@ -176,8 +176,8 @@ def build(
           config.optimizer, config.train.num_steps
         ),
       ),
-      donate_argnames="state",
-      out_shardings=(shardings, rules_lib.replicated(mesh)),
+      donate_argnames=("state", "noise_state"),
+      out_shardings=(shardings, noise_shardings, replicated),
     ),
     evaluate=jax.jit(
       functools.partial(
@@ -189,6 +189,38 @@ def build(
   if is_trained is None and not config.model.decoder_weights:
     return program
   return _with_frozen(program, config, frozen_fn, frozen_shardings)
+
+
+def _mesh(
+  config: config_lib.ExperimentConfig, devices: list[jax.Device] | None
+) -> Mesh:
+  """The devices; raises where a microbatch cannot be shared among them."""
+  mesh = mesh_lib.build(config.mesh, devices)
+  ways = mesh.shape["data"] * mesh.shape["fsdp"]
+  if config.perf.microbatch_size % ways:
+    checks.fail(
+      f"perf.microbatch_size to be a multiple of the {ways} devices that share"
+      " a batch",
+      f"Use {-(-config.perf.microbatch_size // ways) * ways}.",
+      **{"perf.microbatch_size": config.perf.microbatch_size},
+    )
+  return mesh
+
+
+def _noise_programs(
+  mechanism: mechanism_lib.Mechanism, shardings: Any
+) -> dict[str, Any]:
+  """What begins the state of the DP noise, and what brings it back."""
+  return {
+    "init_noise_state": jax.jit(
+      mechanism.privatizer().init, out_shardings=shardings
+    ),
+    "replay_noise": jax.jit(
+      functools.partial(step_lib.replay_noise, mechanism=mechanism),
+      donate_argnames="noise_state",
+      out_shardings=shardings,
+    ),
+  }
 
 
 def _with_frozen(
@@ -473,3 +505,23 @@ def _shardings(
     clip_norm=replicated if has_clip_norm else None,
   )
   return state, frozen
+
+
+def _noise_shardings(
+  mechanism: mechanism_lib.Mechanism,
+  abstract_params: Any,
+  param_shardings: Any,
+  *,
+  mesh: Mesh,
+) -> Any:
+  """One sharding per leaf of the noise state: noise lives as parameters do."""
+  state = jax.eval_shape(mechanism.privatizer().init, abstract_params)
+  if not isinstance(state, correlated.BandedState):
+    return jax.tree.map(lambda _: rules_lib.replicated(mesh), state)
+  return correlated.BandedState(
+    step=rules_lib.replicated(mesh),
+    history=jax.tree.map(
+      lambda sharding: NamedSharding(mesh, PartitionSpec(None, *sharding.spec)),
+      param_shardings,
+    ),
+  )

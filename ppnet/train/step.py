@@ -161,36 +161,39 @@ def update(
   state: state_lib.TrainState,
   grad_sum: GradSum,
   noise_key: Key[Array, ""],
+  noise_state: Any,
   *,
   mechanism: mechanism_lib.Mechanism,
   tx: optax.GradientTransformation,
   learning_rate_fn: optax.Schedule,
-) -> tuple[state_lib.TrainState, dict[str, Float[Array, ""]]]:
+) -> tuple[state_lib.TrainState, Any, dict[str, Float[Array, ""]]]:
   """Adds the noise and takes the optimizer's step.
 
   Args:
     state: before the step.
     grad_sum: clipped sum over the whole batch.
     noise_key: root of the DP noise; the step is folded in.
+    noise_state: of the mechanism's privatizer; secret, and not a part of the
+      train state, so that it is in no checkpoint.
     mechanism: its privatizer adds the noise; its `expected_batch_size` is the
       public divisor, since the realised size is private.
     tx: the optimizer.
     learning_rate_fn: the schedule inside `tx`, for the record.
 
   Returns:
-    The state after the step, and scalars: "learning_rate"; "params_finite";
-    "clip_norm", that of this step, where it follows a quantile (public); and
-    "dp_perturbation", the linear term <z, params> / expected_batch_size
-    whose gradient is the noise (an exact diagnostic: whoever has it knows one
-    direction of the noise).
+    The state after the step; the noise state; and scalars: "learning_rate";
+    "params_finite"; "clip_norm", that of this step, where it follows a quantile
+    (public); and "dp_perturbation", the linear term
+    <z, params> / expected_batch_size whose gradient is the noise (an exact
+    diagnostic: whoever has it knows one direction of the noise).
   """
   clipped_sum = mechanism.finish_sum(
     grad_sum.total, num_examples=grad_sum.num_units
   )
   privatizer = mechanism.privatizer()
-  noisy_sum, _ = privatizer.update(
+  noisy_sum, noise_state = privatizer.update(
     clipped_sum,
-    privatizer.init(state.params),
+    noise_state,
     state.params,
     noise_key=prng.stream(noise_key, prng.Stream.DP_NOISE, state.step),
   )
@@ -227,8 +230,38 @@ def update(
       opt_state=opt_state,
       clip_norm=clip_norm,
     ),
+    noise_state,
     scalars,
   )
+
+
+def replay_noise(
+  params: Any,
+  noise_key: Key[Array, ""],
+  noise_state: Any,
+  step: Int[Array, ""],
+  *,
+  mechanism: mechanism_lib.Mechanism,
+) -> Any:
+  """The noise state after `step`, of which the sum is not at hand any more.
+
+  Args:
+    params: parameters, for their shapes.
+    noise_key: root of the DP noise, the same as when the step was taken.
+    noise_state: before the step.
+    step: number of the step.
+    mechanism: its privatizer drew the noise.
+
+  Returns:
+    The noise state that `update` returned at that step.
+  """
+  _, noise_state = mechanism.privatizer().update(
+    jax.tree.map(jnp.zeros_like, params),
+    noise_state,
+    params,
+    noise_key=prng.stream(noise_key, prng.Stream.DP_NOISE, step),
+  )
+  return noise_state
 
 
 def evaluate(

@@ -125,6 +125,23 @@ def test_record_is_json_and_becomes_a_table_and_a_figure(found, tmp_path):
   assert max(drawn[2].get_ydata()) == pytest.approx(found["epsilon"])
 
 
+def test_banded_run_is_compared_with_samplers_of_its_own_noise():
+  config = _config(
+    epsilon=None,
+    noise_multiplier=2.0,
+    accountant=config_lib.Accountant.RDP,
+    noise_mechanism=config_lib.NoiseMechanism.BANDED,
+    num_bands=3,
+  )
+  built = mechanism.build(config, 900, sampler_root=0)
+  own = budget._own_sampler(built)
+  assert own["sampler"] == "CYCLIC_POISSON"
+  assert own["epsilon"] == _spent(2.0, sampling_prob=0.3, num_steps=10)
+  other = budget._with_sampler(config, built, 900, config_lib.Sampler.POISSON)
+  assert other["epsilon"] == _spent(2.0)
+  # Fails if: every row is of the sampler that the run has.
+
+
 def test_without_a_guarantee_nothing_is_computed():
   result = budget.budget(_config(clipping=config_lib.Clipping.NONE), 900)
   assert result["epsilon"] == math.inf

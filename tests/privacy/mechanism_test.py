@@ -315,6 +315,15 @@ def test_bad_settings_are_named(changes, message):
     _build(**changes)
 
 
+@pytest.mark.parametrize(
+  ("epsilon", "text"),
+  [(2.9961, "2.997"), (2.997, "2.997"), (0.00123401, "0.001235"), (0.0, "0")],
+)
+def test_epsilon_in_the_guarantee_is_rounded_up(epsilon, text):
+  assert mechanism._rounded_up(epsilon) == text
+  # Fails if: it is rounded to the nearest, so half the time to a stronger one.
+
+
 def test_large_delta_is_accepted_when_asked_for():
   assert _build(delta=0.01, allow_large_delta=True).delta == 0.01
 

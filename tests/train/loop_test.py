@@ -134,6 +134,62 @@ def test_an_unseeded_resume_is_charged_again_and_stops_within_the_budget(
   # Fails if: a repeated step with fresh noise is not charged.
 
 
+_BANDED = {
+  "noise_mechanism": config_lib.NoiseMechanism.BANDED,
+  "num_bands": 3,
+  "epsilon": None,
+  "noise_multiplier": 2.0,
+}
+
+
+@pytest.mark.slow
+def test_a_resumed_banded_run_draws_the_noise_before_again(
+  prepared, tmp_path, monkeypatch
+):
+  whole_dir, cut_dir = tmp_path / "whole", tmp_path / "cut"
+  _, state = run(whole_dir, prepared, **_BANDED)
+  interrupted_at(cut_dir, prepared, monkeypatch, dispatch=5, **_BANDED)
+  summary, resumed = run(cut_dir, prepared, **_BANDED)
+  np.testing.assert_array_equal(flat(resumed), flat(state))
+  assert summary["charged_steps"] == 6
+  saved, _ = loop.restore(open_run(cut_dir, prepared, **_BANDED))
+  whole, _ = loop.restore(open_run(whole_dir, prepared))
+  # The same leaves as without bands: no noise is in a checkpoint.
+  assert jax.tree.map(np.shape, saved) == jax.tree.map(np.shape, whole)
+  # Fails if: a resumed factorisation begins anew, or its history is saved.
+
+
+@pytest.mark.slow
+def test_banded_noise_does_not_depend_on_the_mesh(
+  prepared, tmp_path, monkeypatch
+):
+  _, one = run(tmp_path / "one", prepared, **_BANDED)
+  mesh = config_lib.MeshConfig(data=2, fsdp=2, tensor=2)
+  original = tiny.experiment
+  monkeypatch.setattr(
+    tiny,
+    "experiment",
+    lambda **changes: dataclasses.replace(original(**changes), mesh=mesh),
+  )
+  _, many = run(tmp_path / "many", prepared, devices=8, **_BANDED)
+  np.testing.assert_allclose(flat(many), flat(one), rtol=2e-3, atol=2e-4)
+
+
+def test_an_unseeded_banded_resume_begins_a_new_turn_and_pays_for_it(
+  prepared, tmp_path, monkeypatch
+):
+  unseeded = {**_BANDED, "noise_seed": None, "sampler_seed": None}
+  interrupted_at(tmp_path, prepared, monkeypatch, dispatch=3, **unseeded)
+  summary, _ = run(tmp_path, prepared, **unseeded)
+  # 4 charges are two turns of 3; the new one begins at its third step: 6 + 2,
+  # and then the steps 2 to 5.
+  assert (summary["num_steps"], summary["charged_steps"]) == (6, 12)
+  experiment = open_run(tmp_path, prepared, **unseeded)
+  assert summary["epsilon"] >= experiment.mechanism.epsilon(12)
+  assert experiment.mechanism.epsilon(12) > experiment.mechanism.epsilon(9)
+  # Fails if: an example that is drawn in both halves of a turn is charged once.
+
+
 def test_a_finished_run_is_not_trained_again(uninterrupted, prepared):
   workdir, summary, state = uninterrupted
   again, resumed = run(workdir, prepared)

@@ -85,7 +85,8 @@ def take(mechanism, batch, *, cut, state=None, noise_seed=3):
       learning_rate_fn=optax.constant_schedule(LEARNING_RATE),
     )
   )
-  new, scalars = update(state, grad_sum, prng.root(noise_seed))
+  noise_state = mechanism.privatizer().init(state.params)
+  new, _, scalars = update(state, grad_sum, prng.root(noise_seed), noise_state)
   return new, scalars, parts
 
 
@@ -279,6 +280,7 @@ def test_the_released_count_has_its_noise():
         state,
         step_lib.init_grad_sum(state.params),
         key,
+        mechanism.privatizer().init(state.params),
         mechanism=mechanism,
         tx=TX,
         learning_rate_fn=optax.constant_schedule(LEARNING_RATE),
@@ -308,3 +310,40 @@ def test_views_of_a_record_differ_and_are_averaged():
   norms = np.concatenate([part.grad_norm for part in parts])
   np.testing.assert_allclose(norms, whole[0].grad_norm, rtol=1e-6)
   # Fails if: views share a key, or their gradients are summed.
+
+
+def test_replayed_noise_is_that_of_the_steps_taken():
+  mechanism = build(
+    noise_mechanism=config_lib.NoiseMechanism.BANDED,
+    num_bands=3,
+    epsilon=None,
+    noise_multiplier=1.0,
+  )
+  state = fresh_state()
+  taken = replayed = mechanism.privatizer().init(state.params)
+  for step in range(4):
+    batch = records(np.random.default_rng(step), 2)
+    grad_sum = step_lib.init_grad_sum(state.params)
+    grad_sum = dataclasses.replace(
+      grad_sum,
+      total={"b": jnp.float32(batch["x"][0, 0]), "w": batch["x"][0]},
+    )
+    replayed = step_lib.replay_noise(
+      state.params, prng.root(3), replayed, state.step, mechanism=mechanism
+    )
+    state, taken, _ = step_lib.update(
+      state,
+      grad_sum,
+      prng.root(3),
+      taken,
+      mechanism=mechanism,
+      tx=TX,
+      learning_rate_fn=optax.constant_schedule(LEARNING_RATE),
+    )
+  for one, other in zip(
+    jax.tree.leaves(taken), jax.tree.leaves(replayed), strict=True
+  ):
+    np.testing.assert_array_equal(one, other)
+  assert int(replayed.step) == 4
+  assert all(np.any(leaf) for leaf in jax.tree.leaves(replayed.history))
+  # Fails if: a restart draws the earlier steps' noise from other keys.
