@@ -434,11 +434,14 @@ class _Lineup:
       ),
     )
     for engine in config_lib.Engine:
+      grad_fn = clipping.clipped_grad(loss_fn, engine=engine, **options)
+      choice = grad_fn.engine_choice(self._subject.params, self._subject.batch)
       self._add(
         engine.name,
-        lambda engine=engine: self._compile(
-          clipping.clipped_grad(loss_fn, engine=engine, **options)
-        ),
+        functools.partial(self._compile, grad_fn),
+        note=""
+        if choice is None or choice.engine is engine
+        else f"is {choice.engine.name} here: {choice.why}",
       )
 
   def _compile(self, grad_fn: clipping.GradFn) -> measure.Program:
