@@ -18,8 +18,9 @@ slice of a stacked one; sums over any group of them bound the group's norm.
   and Q off by at most c u |a_s||a_t| and c u |b_s||b_t| per entry, the squared
   norm is off by at most
   E = c u sum_st (|a_s||a_t||Q_st| + |b_s||b_t||P_st|). E is computed beside it
-  and **added**. Where E is more than 10^-5 of the result for any example, the
-  products themselves are formed, a few examples at a time
+  and **added**. Where E is more than 10^-5 of the result for any example (10^-3
+  where factors are of lower precision than float32 and their own rounding is
+  more), the products themselves are formed, a few examples at a time
   (`product_stats`).
 - The sum is not formed by the same roundings as the norm. Each can be off by
   c u S; `Stats.spread` carries S^2 and `clipping` adds c u S where it exceeds
@@ -157,13 +158,7 @@ def gram_stats(factors: list[Factor]) -> Stats:
     & (error <= _max_gram_error(factors) * squared)
     & (flushed <= jnp.maximum(_NEGLIGIBLE_NORM, 1e-6 * jnp.sqrt(squared)))
   )
-  squared = squared + error
-  by_gram = Stats(
-    squared=squared,
-    shrunk=squared * SHRINK * SHRINK,
-    spread=spread,
-    spread_shrunk=spread * SHRINK * SHRINK,
-  )
+  by_gram = _in_range(squared + error, spread)
   return jax.lax.cond(
     jnp.all(is_good),
     lambda _: by_gram,
@@ -190,17 +185,22 @@ def _careful_stats(
   squared = jnp.where(is_tiny, jnp.square(ceiling), by_gram.squared)
   squared = jnp.where(is_bad, jnp.nan, squared)
   spread = jnp.where(is_tiny, 0.0, by_gram.spread)
-  mended = Stats(
-    squared=squared,
-    shrunk=squared * SHRINK * SHRINK,
-    spread=spread,
-    spread_shrunk=spread * SHRINK * SHRINK,
-  )
+  mended = _in_range(squared, spread)
   return jax.lax.cond(
     jnp.all(is_good | is_tiny | is_bad),
     lambda _: mended,
     product_stats,
     factors,
+  )
+
+
+def _in_range(squared: jax.Array, spread: jax.Array) -> Stats:
+  """Stats whose squares float32 holds."""
+  return Stats(
+    squared=squared,
+    shrunk=squared * SHRINK * SHRINK,
+    spread=spread,
+    spread_shrunk=spread * SHRINK * SHRINK,
   )
 
 
