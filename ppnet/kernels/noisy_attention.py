@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from ppnet import config as config_lib
 from ppnet.core import checks
-from ppnet.kernels import counter_noise, reference
+from ppnet.kernels import counter_noise, flash, reference, tpu
 
 NoiseMode = config_lib.NoiseMode
 Leaf = Any
@@ -33,7 +33,13 @@ Leaf = Any
 class Implementation(enum.Enum):
   """Which code computes the op; all of them compute the same values."""
 
-  REFERENCE = "reference"
+  REFERENCE = "reference"  # XLA, the noise an array [B, N, T, S]. The oracle.
+  TPU = "tpu"  # Pallas Mosaic, O(T) memory; interpreted on other devices.
+
+
+# By JAX's name of the platform.
+_DEFAULTS = {"tpu": Implementation.TPU}
+_BACKENDS = {Implementation.TPU: tpu.BACKEND}
 
 
 @functools.partial(
@@ -69,6 +75,7 @@ def noisy_attention(
   causal: bool = True,
   segment_ids: Int[Array, "B T"] | None = None,
   implementation: Implementation | str | None = None,
+  block_sizes: tuple[int, int] | None = None,
 ) -> Float[Array, "B T N H"]:
   """Attention with optional noise; `noise=None` is plain attention.
 
@@ -80,6 +87,8 @@ def noisy_attention(
     causal: query t attends to key tokens up to t + S - T.
     segment_ids: tokens attend only within their segment; needs T = S.
     implementation: None chooses by platform.
+    block_sizes: queries and key tokens of a kernel's block, which change no
+      value but by rounding; None chooses.
 
   Returns:
     One output per query and head, in the dtype of `q`.
@@ -88,7 +97,7 @@ def noisy_attention(
     ValueError: shapes that do not fit, or an unknown implementation.
     TypeError: keys that are not typed threefry keys.
   """
-  _resolve(implementation)  # One implementation so far: nothing to dispatch.
+  chosen = _resolve(implementation)
   batch, num_queries, num_heads, _ = q.shape
   num_keys, num_kv_heads = k.shape[1:3]
   if num_heads % num_kv_heads:
@@ -103,36 +112,68 @@ def noisy_attention(
       num_queries=num_queries,
       num_keys=num_keys,
     )
-  mask = reference.attention_mask(
-    num_queries, num_keys, causal=causal, segment_ids=segment_ids
-  )
-  score_noise = weight_noise = None
+  drawn = None
   if noise is not None:
-    scaled = _scaled_noise(
+    drawn = _words_and_scale(
       noise,
       batch=batch,
       num_heads=num_heads,
       num_queries=num_queries,
       num_keys=num_keys,
     )
-    if noise.mode is NoiseMode.SCORES:
-      score_noise = scaled
-    else:
-      weight_noise = scaled
+  mode = None if noise is None else noise.mode
+  if chosen is Implementation.REFERENCE:
+    return _reference(
+      q, k, v, causal=causal, segment_ids=segment_ids, noise=drawn, mode=mode
+    )
+  return flash.attention(
+    _BACKENDS[chosen],
+    q,
+    k,
+    v,
+    causal=causal,
+    segment_ids=segment_ids,
+    noise=drawn,
+    mode=mode,
+    block_sizes=block_sizes,
+  )
+
+
+def _reference(
+  q: Array,
+  k: Array,
+  v: Array,
+  *,
+  causal: bool,
+  segment_ids: Array | None,
+  noise: flash.Noise | None,
+  mode: NoiseMode | None,
+) -> Array:
+  """The op written out, with the noise as an array."""
+  mask = reference.attention_mask(
+    q.shape[1], k.shape[1], causal=causal, segment_ids=segment_ids
+  )
+  scaled = None
+  if noise is not None:
+    raw = counter_noise.raw(
+      noise.row[:, :, :, None], noise.column[:, :, None, :]
+    )
+    scaled = raw * noise.scale[:, :, None, :]
+  is_scores = mode is NoiseMode.SCORES
   return reference.attention(
     q,
     k,
     v,
     mask=mask,
-    score_noise=score_noise,
-    weight_noise=weight_noise,
+    score_noise=scaled if is_scores else None,
+    weight_noise=None if is_scores else scaled,
   )
 
 
 def _resolve(implementation: Implementation | str | None) -> Implementation:
   """The implementation asked for, or the platform's own."""
   if implementation is None:
-    return Implementation.REFERENCE
+    return _DEFAULTS.get(jax.default_backend(), Implementation.REFERENCE)
   try:
     return Implementation(implementation)
   except ValueError:
@@ -140,15 +181,15 @@ def _resolve(implementation: Implementation | str | None) -> Implementation:
     checks.fail(f"implementation in {known}", implementation=implementation)
 
 
-def _scaled_noise(
+def _words_and_scale(
   noise: AttentionNoise,
   *,
   batch: int,
   num_heads: int,
   num_queries: int,
   num_keys: int,
-) -> Float[Array, "B N T S"]:
-  """stddev * key_token_scale * N, float32."""
+) -> flash.Noise:
+  """What each implementation makes the noise of: O(T) numbers."""
   keys = noise.key
   counter_noise.check_threefry(keys)
   if keys.ndim == 0:
@@ -161,7 +202,7 @@ def _scaled_noise(
     checks.fail(
       f"noise.stddev of shape () or ({num_heads},)", shape=stddev.shape
     )
-  normal = counter_noise.normal(
+  row, column = counter_noise.position_words(
     keys,
     num_heads=num_heads,
     # Global positions: a later chunk of queries draws what it would have drawn
@@ -169,12 +210,13 @@ def _scaled_noise(
     query_index=jnp.arange(num_queries) + (num_keys - num_queries),
     key_index=jnp.arange(num_keys),
   )
-  scaled = normal * jnp.broadcast_to(stddev, (num_heads,))[None, :, None, None]
+  scale = jnp.broadcast_to(stddev * counter_noise.UNIT, (num_heads,))
+  scale = jnp.broadcast_to(scale[None, :, None], (batch, num_heads, num_keys))
   if noise.key_token_scale is not None:
     if noise.key_token_scale.shape != (batch, num_keys):
       checks.fail(
         f"noise.key_token_scale of shape ({batch}, {num_keys})",
         shape=noise.key_token_scale.shape,
       )
-    scaled = scaled * noise.key_token_scale[:, None, None, :]
-  return scaled
+    scale = scale * noise.key_token_scale[:, None, :]
+  return flash.Noise(row=row, column=column, scale=scale)
