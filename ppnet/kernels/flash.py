@@ -30,6 +30,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from ppnet import config as config_lib
@@ -183,8 +184,14 @@ def attention(
   num_queries, num_keys = q.shape[1], k.shape[1]
   multiple = backend.block_multiple
   if block_sizes is None:
-    block_q = min(backend.block_q, _round_up(num_queries, multiple))
-    block_k = min(backend.block_k, _round_up(num_keys, multiple))
+    # Both are powers of two times the multiple.
+    block_q, block_k = (
+      min(most, multiple * pl.next_power_of_2(-(-size // multiple)))
+      for most, size in (
+        (backend.block_q, num_queries),
+        (backend.block_k, num_keys),
+      )
+    )
   else:
     block_q, block_k = block_sizes
     checks.positive(block_q=block_q, block_k=block_k)
@@ -220,10 +227,6 @@ def attention(
     segments,
   )
   return jnp.swapaxes(out[:, :, :num_queries], 1, 2)
-
-
-def _round_up(size: int, multiple: int) -> int:
-  return -(-size // multiple) * multiple
 
 
 def _pad(x: Array, *, multiple: int, axis: int, value: int = 0) -> Array:
@@ -357,10 +360,15 @@ def scores(
   noise: Noise | None,
   allowed: Array | None,
   transposed: bool,
+  head_dim: int | None = None,
 ) -> tuple[Array, Array | None]:
-  """Scores of a block in units of log 2, and its raw noise."""
+  """Scores of a block in units of log 2, and its raw noise.
+
+  `head_dim` is H where q and k are padded.
+  """
   left, right = (k, q) if transposed else (q, k)
-  s = matmul(left, right, contract=(1, 1)) * (q.shape[-1] ** -0.5 * _LOG2E)
+  scale = (head_dim or q.shape[-1]) ** -0.5 * _LOG2E
+  s = matmul(left, right, contract=(1, 1)) * scale
   draw = None
   if noise is not None:
     draw = spec.draw(noise.row, noise.column)

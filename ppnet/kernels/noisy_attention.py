@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from ppnet import config as config_lib
 from ppnet.core import checks
-from ppnet.kernels import counter_noise, flash, reference, tpu
+from ppnet.kernels import counter_noise, flash, gpu, reference, tpu
 
 NoiseMode = config_lib.NoiseMode
 Leaf = Any
@@ -35,11 +35,15 @@ class Implementation(enum.Enum):
 
   REFERENCE = "reference"  # XLA, the noise an array [B, N, T, S]. The oracle.
   TPU = "tpu"  # Pallas Mosaic, O(T) memory; interpreted on other devices.
+  GPU = "gpu"  # Pallas Triton, likewise.
 
 
 # By JAX's name of the platform.
-_DEFAULTS = {"tpu": Implementation.TPU}
-_BACKENDS = {Implementation.TPU: tpu.BACKEND}
+_DEFAULTS = {"tpu": Implementation.TPU, "gpu": Implementation.GPU}
+_BACKENDS = {
+  Implementation.TPU: tpu.BACKEND,
+  Implementation.GPU: gpu.BACKEND,
+}
 
 
 @functools.partial(

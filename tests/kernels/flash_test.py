@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import jax.test_util
 import numpy as np
@@ -17,7 +18,7 @@ from ppnet.kernels import noisy_attention
 B, N, K, H = 2, 4, 2, 6
 SCORES, WEIGHTS = config_lib.NoiseMode.SCORES, config_lib.NoiseMode.WEIGHTS
 MODES = [SCORES, WEIGHTS]
-KERNELS = ["tpu"]
+KERNELS = ["tpu", "gpu"]
 # Compiling is what these tests cost.
 FAST = {"xla_backend_optimization_level": 0}
 
@@ -93,7 +94,9 @@ def assert_matches_reference(case, mode, implementation):
   got = output_and_grads(case, mode, implementation, *args)
   names = ("output", "dq", "dk", "dv", "dstddev", "dscale")
   for name, one, other in zip(names, got, expected, strict=True):
-    np.testing.assert_allclose(one, other, atol=1e-5, rtol=1e-5, err_msg=name)
+    # Of the largest: a stddev's gradient is a sum of terms that cancel.
+    atol = 1e-5 * max(1, np.abs(other).max())
+    np.testing.assert_allclose(one, other, atol=atol, rtol=0, err_msg=name)
 
 
 # Ragged, T != S, several blocks on both sides, some of them invisible; rows
@@ -239,5 +242,31 @@ def test_no_array_of_queries_by_keys(implementation):
       argnums=(0, 1, 2, 3, 4),
     )
     biggest = max(sizes(jax.make_jaxpr(grads)(*args).jaxpr))
-    assert biggest <= B * N * 768 * H
-    assert biggest < B * N * 640 * 768 / 50
+    assert biggest <= B * N * 768 * 16  # Heads are padded to 16 features.
+
+
+@pytest.mark.parametrize("mode", [None, *MODES])
+def test_gpu_kernels_lower_for_cuda_on_a_machine_without_one(mode):
+  """As far as Triton's own language; what follows needs the device."""
+  case = Case(num_queries=96, num_keys=100, blocks=None)
+  args = [
+    jax.ShapeDtypeStruct(x.shape, x.dtype)
+    for x in inputs(case, dtype=jnp.bfloat16)
+  ]
+
+  def loss(*args):
+    out = attend(case, mode, "gpu", *args)
+    return out.astype(jnp.float32).sum()
+
+  exported = jax.export.export(
+    jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))),
+    platforms=["cuda"],
+    disabled_checks=[
+      jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
+    ],
+  )(*args)
+  module = exported.mlir_module()
+  kernels = {None: 3, SCORES: 4, WEIGHTS: 5}[mode]
+  assert module.count("@__gpu$xla.gpu.triton(") == kernels
+  for name in ("forward", "backward_q", "backward_kv"):
+    assert f"noisy_attention_{name}" in module
