@@ -131,6 +131,14 @@ class NoiseMode(enum.Enum):
   WEIGHTS = "weights"  # renormalised (softmax(QK'/sqrt(d)) + stddev N)_+ V
 
 
+class AttentionImplementation(enum.Enum):
+  """Which code computes attention; all of them compute the same values."""
+
+  REFERENCE = "reference"  # XLA, the noise an array [B, N, T, S]. The oracle.
+  TPU = "tpu"  # Pallas Mosaic, O(T) memory; interpreted on other devices.
+  GPU = "gpu"  # Pallas Triton, likewise.
+
+
 class ComputeDtype(enum.Enum):
   """What activations are computed in; parameters are always float32."""
 
@@ -240,6 +248,9 @@ class LlamaConfig:
     tie_embeddings: use the embedding as the output head.
     remat: compute activations again in the backward pass: less memory.
     compute_dtype: of activations; parameters are always float32.
+    attention: code that computes attention; None chooses by the platform.
+    noise_layers: layers, counted from 0, whose attention is noised where
+      `attention_noise` is on; none named: all of them.
   """
 
   vocab_size: int = 32000
@@ -255,6 +266,8 @@ class LlamaConfig:
   tie_embeddings: bool = False
   remat: bool = False
   compute_dtype: ComputeDtype = ComputeDtype.FLOAT32
+  attention: AttentionImplementation | None = None
+  noise_layers: tuple[int, ...] = ()
 
 
 def llama_tiny(*, vocab_size: int) -> LlamaConfig:
@@ -748,6 +761,13 @@ def _validate_model(config: ExperimentConfig) -> None:
       "Rotary embeddings turn pairs of features.",
       head_dim=decoder.head_dim,
     )
+  for layer in decoder.noise_layers:
+    if not 0 <= layer < decoder.num_layers:
+      checks.fail(
+        "layers of the decoder in model.decoder.noise_layers, counted from 0",
+        noise_layers=decoder.noise_layers,
+        num_layers=decoder.num_layers,
+      )
   if decoder.vocab_size < config.data.vocab_size:
     checks.fail(
       "model.decoder.vocab_size >= data.vocab_size",

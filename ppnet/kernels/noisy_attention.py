@@ -14,7 +14,6 @@ clipped sum as it was. Its effect on attacks is measured, never claimed.
 """
 
 import dataclasses
-import enum
 import functools
 from typing import Any
 
@@ -27,15 +26,8 @@ from ppnet.core import checks
 from ppnet.kernels import counter_noise, flash, gpu, reference, tpu
 
 NoiseMode = config_lib.NoiseMode
+Implementation = config_lib.AttentionImplementation
 Leaf = Any
-
-
-class Implementation(enum.Enum):
-  """Which code computes the op; all of them compute the same values."""
-
-  REFERENCE = "reference"  # XLA, the noise an array [B, N, T, S]. The oracle.
-  TPU = "tpu"  # Pallas Mosaic, O(T) memory; interpreted on other devices.
-  GPU = "gpu"  # Pallas Triton, likewise.
 
 
 # By JAX's name of the platform.

@@ -58,7 +58,12 @@ class Attention(nn.Module):
     q = layers.rotary_embedding(q, positions, theta=cfg.rope_theta)
     k = layers.rotary_embedding(k, positions, theta=cfg.rope_theta)
     out = noisy_attention.noisy_attention(
-      q, k, v, noise=noise, segment_ids=segment_ids
+      q,
+      k,
+      v,
+      noise=noise,
+      segment_ids=segment_ids,
+      implementation=cfg.attention,
     )
     return layers.Dense(
       cfg.embed_dim, ("q_heads", "embed"), self.ops, name="o_proj"
@@ -102,7 +107,7 @@ class DecoderLayer(nn.Module):
   ) -> tuple[Float[Array, "B T D"], None]:
     """Adds attention and feed-forward to the residual stream."""
     if noise is not None:
-      noise = dataclasses.replace(noise, key=fold_in(noise.key, layer))
+      noise = _of_layer(noise, layer, self.config.noise_layers)
     eps = self.config.rms_norm_eps
     x = x + Attention(self.config, self.ops, name="attention")(
       layers.RMSNorm(eps, self.ops, name="attention_norm")(x),
@@ -114,6 +119,22 @@ class DecoderLayer(nn.Module):
       layers.RMSNorm(eps, self.ops, name="mlp_norm")(x)
     )
     return x, None
+
+
+def _of_layer(
+  noise: noisy_attention.AttentionNoise,
+  layer: Array,
+  noise_layers: tuple[int, ...],
+) -> noisy_attention.AttentionNoise:
+  """The layer's own noise: its key, and no noise where it has none."""
+  stddev = noise.stddev
+  if noise_layers:
+    # Layers share one program, so a layer without noise is one with 0.
+    has_noise = jnp.isin(layer, jnp.array(noise_layers))
+    stddev = jnp.where(has_noise, stddev, 0.0)
+  return dataclasses.replace(
+    noise, key=fold_in(noise.key, layer), stddev=stddev
+  )
 
 
 def fold_in(keys: Array, layer: Array) -> Array:
