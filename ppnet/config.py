@@ -310,6 +310,30 @@ class AudioStemConfig:
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
+class PrivateCutConfig:
+  """A hidden state that is clipped and noised: privacy of one input.
+
+  Every output is (epsilon, delta)-differentially private with respect to its
+  own input, all tokens together; see `privacy.input_privacy`. It costs accuracy
+  and is no part of the training set's guarantee.
+
+  Attributes:
+    layer: decoder layer, counted from 0, whose input is cut.
+    l2_clip_norm: bound on one example's state over all its tokens.
+    epsilon: of one output.
+    delta: of one output.
+    noise_seed: None draws the root from the operating system's entropy. A seed
+      makes a run repeatable and voids the guarantee towards whoever knows it.
+  """
+
+  layer: int = 0
+  l2_clip_norm: float = 1.0
+  epsilon: float = 8.0
+  delta: float = 1e-5
+  noise_seed: int | None = None
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
 class ModelConfig:
   """The multimodal network: stems, projectors, decoder.
 
@@ -317,6 +341,7 @@ class ModelConfig:
     decoder: see `LlamaConfig`.
     image: stem of pictures; None leaves them out.
     audio: stem of sounds; None leaves them out.
+    private_cut: makes the decoder's hidden state private; None does not.
   """
 
   decoder: LlamaConfig = dataclasses.field(default_factory=LlamaConfig)
@@ -326,6 +351,7 @@ class ModelConfig:
   audio: AudioStemConfig | None = dataclasses.field(
     default_factory=AudioStemConfig
   )
+  private_cut: PrivateCutConfig | None = None
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -787,6 +813,24 @@ def _validate_model(config: ExperimentConfig) -> None:
   if config.model.audio is not None:
     checks.positive(
       **{"model.audio.frames_per_token": config.model.audio.frames_per_token}
+    )
+  cut = config.model.private_cut
+  if cut is not None:
+    if not 0 <= cut.layer < decoder.num_layers:
+      checks.fail(
+        "model.private_cut.layer to be a layer of the decoder, counted from 0",
+        layer=cut.layer,
+        num_layers=decoder.num_layers,
+      )
+    checks.positive(
+      **{
+        "model.private_cut.l2_clip_norm": cut.l2_clip_norm,
+        "model.private_cut.epsilon": cut.epsilon,
+      }
+    )
+    checks.in_open_unit_interval(
+      "delta is the probability that the guarantee fails.",
+      **{"model.private_cut.delta": cut.delta},
     )
   noise = config.attention_noise
   checks.non_negative(

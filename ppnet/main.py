@@ -29,7 +29,7 @@ from ppnet import config_args, sweep
 from ppnet.audit import run as audit
 from ppnet.core import checks, records, workdirs
 from ppnet.data import prepare
-from ppnet.privacy import budget, ledger
+from ppnet.privacy import budget, input_privacy, ledger
 from ppnet.report import budget as budget_figures
 from ppnet.report import figures, tables
 from ppnet.train import loop
@@ -187,7 +187,16 @@ def _plan(experiment: loop.Experiment) -> str:
       + (f"{engine.engine.name} ({engine.why})" if engine else "no clipping"),
       f"guarantee: {claim['guarantee']}",
     ]
+    + _input_guarantee(config)
   )
+
+
+def _input_guarantee(config: config_lib.ExperimentConfig) -> list[str]:
+  """What the private cut promises, where there is one."""
+  cut = config.model.private_cut
+  if cut is None:
+    return []
+  return [f"private cut: {input_privacy.claim(cut)['guarantee']}"]
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

@@ -24,6 +24,7 @@ class Stream(enum.IntEnum):
   DP_NOISE = 2
   EVAL_ATTENTION_NOISE = 3
   CLIP_COUNT_NOISE = 4
+  PRIVATE_CUT = 5
 
 
 def root(seed: int) -> Key[Array, ""]:

@@ -20,12 +20,12 @@ import dataclasses
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from ppnet import config as config_lib
 from ppnet.core import checks, param_ops
 from ppnet.kernels import noisy_attention
-from ppnet.models import layers
+from ppnet.models import layers, private_cut
 
 
 class Attention(nn.Module):
@@ -95,6 +95,7 @@ class DecoderLayer(nn.Module):
 
   config: config_lib.LlamaConfig
   ops: param_ops.ParamOps
+  cut: private_cut.PrivateCut | None
 
   @nn.compact
   def __call__(
@@ -102,10 +103,15 @@ class DecoderLayer(nn.Module):
     x: Float[Array, "B T D"],
     layer: Int[Array, ""],
     noise: noisy_attention.AttentionNoise | None,
+    cut_noise: Float[Array, "B T D"] | None,
     positions: Int[Array, "#B T"],
     segment_ids: Int[Array, "B T"] | None,
   ) -> tuple[Float[Array, "B T D"], None]:
     """Adds attention and feed-forward to the residual stream."""
+    if self.cut is not None and cut_noise is not None:
+      # All that this layer and the later ones compute, they compute from x.
+      private = private_cut.privatize(x, cut_noise, cut=self.cut)
+      x = jnp.where(layer == self.cut.layer, private, x)
     if noise is not None:
       noise = _of_layer(noise, layer, self.config.noise_layers)
     eps = self.config.rms_norm_eps
@@ -150,10 +156,12 @@ class Llama(nn.Module):
   Attributes:
     config: shape of the decoder.
     ops: implementation of the parametrised operations.
+    cut: where the hidden state is made private, or None.
   """
 
   config: config_lib.LlamaConfig
   ops: param_ops.ParamOps = param_ops.PLAIN
+  cut: private_cut.PrivateCut | None = None
 
   def setup(self):
     """Declares embedding, scanned layers, final norm and head."""
@@ -167,10 +175,10 @@ class Llama(nn.Module):
       layer,
       variable_axes={"params": 0},
       split_rngs={"params": True},
-      in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+      in_axes=(0, *[nn.broadcast] * 4),
       length=cfg.num_layers,
       metadata_params={nn.PARTITION_NAME: "layers"},
-    )(cfg, self.ops)
+    )(cfg, self.ops, self.cut)
     self.final_norm = layers.RMSNorm(cfg.rms_norm_eps, self.ops)
     if not cfg.tie_embeddings:
       self.lm_head = layers.Dense(cfg.vocab_size, ("embed", "vocab"), self.ops)
@@ -187,6 +195,7 @@ class Llama(nn.Module):
     *,
     embeddings: Float[Array, "B T D"] | None = None,
     noise: noisy_attention.AttentionNoise | None = None,
+    cut_keys: Key[Array, " B"] | None = None,
     positions: Int[Array, "#B T"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
   ) -> Float[Array, "B T V"]:
@@ -197,12 +206,20 @@ class Llama(nn.Module):
       embeddings: used in place of the tokens' own embeddings where a picture
         or a sound takes their place.
       noise: attention noise; each layer folds its number into the key.
+      cut_keys: one secret key per example, where there is a private cut.
       positions: rotary positions, 0..T-1 by default.
       segment_ids: tokens attend only within their segment.
 
     Raises:
-      ValueError: more tokens than `max_seq_len`.
+      ValueError: more tokens than `max_seq_len`, or a private cut without
+        keys.
     """
+    if self.cut is not None and cut_keys is None and not self.is_initializing():
+      checks.fail(
+        "cut_keys for a model with a private cut",
+        "Give one secret key per example.",
+        cut_keys=cut_keys,
+      )
     num_tokens = tokens.shape[1]
     checks.at_most(
       self.config.max_seq_len,
@@ -212,8 +229,18 @@ class Llama(nn.Module):
     if positions is None:
       positions = jnp.arange(num_tokens)[None]
     x = self.embed(tokens) if embeddings is None else embeddings
+    cut_noise = None
+    if self.cut is not None and cut_keys is not None:
+      # Once, before the layers' loop: it stands for one draw.
+      shape = (num_tokens, self.config.embed_dim)
+      cut_noise = private_cut.draw(cut_keys, shape, cut=self.cut)
     x, _ = self.layers(
-      x, jnp.arange(self.config.num_layers), noise, positions, segment_ids
+      x,
+      jnp.arange(self.config.num_layers),
+      noise,
+      cut_noise,
+      positions,
+      segment_ids,
     )
     x = self.final_norm(x)
     if self.config.tie_embeddings:

@@ -58,12 +58,20 @@ def predict(
   *,
   noise: noisy_attention.AttentionNoise | None,
 ) -> Float[Array, "B T V"]:
-  """Logits of a batch from the pipeline; absent modalities are left out."""
+  """Logits of a batch from the pipeline; absent modalities are left out.
+
+  `batch["cut_key"]`, where it is there, holds the keys of the private cut. Two
+  predictions of one batch share its draw: one noisy state, released once.
+  """
+  cut_keys = batch.get("cut_key")
+  if cut_keys is not None:
+    cut_keys = jax.random.clone(cut_keys)  # Meant: see above.
   logits = model.apply(
     {"params": params},
     batch["tokens"],
     media=media(batch),
     noise=noise,
+    cut_keys=cut_keys,
   )
   assert isinstance(logits, jax.Array)  # Linen declares a union.
   return logits

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,8 +15,8 @@ from jax.sharding import Mesh
 
 from ppnet import config as config_lib
 from ppnet.core import checks, prng, trees
-from ppnet.models import multimodal
-from ppnet.privacy import engine_choice
+from ppnet.models import multimodal, private_cut
+from ppnet.privacy import engine_choice, input_privacy
 from ppnet.privacy import mechanism as mechanism_lib
 from ppnet.sharding import mesh as mesh_lib
 from ppnet.sharding import rules as rules_lib
@@ -41,6 +42,7 @@ class Program:
     accumulate: see `step.accumulate`; the running sum is donated.
     update: see `step.update`; the state is donated.
     evaluate: see `step.evaluate`.
+    cut_keys: fresh keys of the private cut for a batch; None without one.
   """
 
   mesh: Mesh
@@ -55,6 +57,7 @@ class Program:
   accumulate: Any
   update: Any
   evaluate: Any
+  cut_keys: Any = None
 
   @property
   def num_parameters(self) -> int:
@@ -62,8 +65,15 @@ class Program:
     return trees.num_parameters(self.abstract_state.params)
 
   def put_batch(self, batch: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Places a batch, its examples spread over the mesh."""
-    return jax.device_put(dict(batch), self.rules.batch_sharding(self.mesh))
+    """Places a batch, its examples spread over the mesh.
+
+    With a private cut, every batch that is placed gets keys of its own: a state
+    that was noised twice with one draw would give away a difference.
+    """
+    placed = jax.device_put(dict(batch), self.rules.batch_sharding(self.mesh))
+    if self.cut_keys is not None:
+      placed["cut_key"] = self.cut_keys(placed["index"])
+    return placed
 
   def put(self, value: Any) -> Any:
     """Places a small value on every device."""
@@ -100,7 +110,10 @@ def build(
       f"Use {-(-config.perf.microbatch_size // ways) * ways}.",
       **{"perf.microbatch_size": config.perf.microbatch_size},
     )
-  model = multimodal.PPNet(config.model, dict(placeholder_ids))
+  cut = config.model.private_cut
+  model = multimodal.PPNet(
+    config.model, dict(placeholder_ids), cut=_private_cut(cut)
+  )
   tx = optimizer.build(config.optimizer, config.train.num_steps)
   root_key = jax.device_put(prng.root(config.seed), rules_lib.replicated(mesh))
   init_fn = functools.partial(
@@ -173,6 +186,7 @@ def build(
         step_lib.evaluate, model=model, noise_config=config.attention_noise
       )
     ),
+    cut_keys=None if cut is None else _cut_keys(cut, mesh),
   )
 
 
@@ -190,6 +204,40 @@ def _abstract_batch(example: Mapping[str, np.ndarray], *, num_rows: int) -> Any:
     ),
     microbatch,
   )
+
+
+def _private_cut(
+  config: config_lib.PrivateCutConfig | None,
+) -> private_cut.PrivateCut | None:
+  """The model's part of what the record claims."""
+  if config is None:
+    return None
+  claim = input_privacy.claim(config)
+  return private_cut.PrivateCut(
+    layer=claim["layer"],
+    l2_clip_norm=claim["l2_clip_norm"],
+    noise_stddev=claim["noise_stddev"],
+  )
+
+
+def _cut_keys(config: config_lib.PrivateCutConfig, mesh: Mesh) -> Any:
+  """A function of a batch's record numbers; each call draws anew."""
+  replicated = rules_lib.replicated(mesh)
+  root_key = jax.device_put(
+    prng.root(input_privacy.noise_root_entropy(config)), replicated
+  )
+  numbers = itertools.count()
+
+  @jax.jit
+  def keys(root_key, number, index):
+    stem = prng.stream(root_key, prng.Stream.PRIVATE_CUT, number)
+    return prng.per_record(stem, index)
+
+  def fresh(index):
+    number = jax.device_put(np.uint32(next(numbers)), replicated)
+    return keys(root_key, number, index)
+
+  return fresh
 
 
 def _init(
