@@ -30,6 +30,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
@@ -310,6 +311,14 @@ def matmul(
     (((contract[0],), (contract[1],)), ((), ())),
     precision=jax.lax.Precision.HIGHEST if full else None,
     preferred_element_type=wide_dtype(a.dtype),
+  )
+
+
+def floor_div(numerator: Any, denominator: int) -> Any:
+  """Of an index that is not negative; one that is counts as 0."""
+  # As int32, whatever a Python integer stands for under x64.
+  return jax.lax.div(
+    jnp.maximum(numerator, 0).astype(jnp.int32), np.int32(denominator)
   )
 
 

@@ -59,7 +59,7 @@ def _whole(shape: tuple[int, ...], per_group: int) -> pl.BlockSpec:
   zeros = (0,) * (len(shape) - 2)
   return pl.BlockSpec(
     (None, None, *shape[2:]),
-    lambda i, n, b: (b, jax.lax.div(n, per_group), *zeros),
+    lambda i, n, b: (b, flash.floor_div(n, per_group), *zeros),
   )
 
 
@@ -87,12 +87,10 @@ def _each_key_block(
     # Key tokens up to and including this one are seen by all; by some.
     by_all = i * spec.block_q + spec.offset + 1
     by_some = by_all + spec.block_q - 1
-    whole = jnp.minimum(
-      whole, jax.lax.div(jnp.maximum(by_all, 0), spec.block_k)
-    )
+    whole = jnp.minimum(whole, flash.floor_div(by_all, spec.block_k))
     end = jnp.minimum(
       end,
-      jax.lax.div(jnp.maximum(by_some, 0) + spec.block_k - 1, spec.block_k),
+      flash.floor_div(jnp.maximum(by_some, 0) + spec.block_k - 1, spec.block_k),
     )
   if has_segments:
     whole = 0
@@ -115,8 +113,8 @@ def _each_query_block(
     # Queries from this one on see one of the key tokens; see all of them.
     see_one = jnp.maximum(j * spec.block_k - spec.offset, 0)
     see_all = jnp.maximum((j + 1) * spec.block_k - 1 - spec.offset, 0)
-    start = jnp.minimum(jax.lax.div(see_one, spec.block_q), num_blocks)
-    whole = jax.lax.div(see_all + spec.block_q - 1, spec.block_q)
+    start = jnp.minimum(flash.floor_div(see_one, spec.block_q), num_blocks)
+    whole = flash.floor_div(see_all + spec.block_q - 1, spec.block_q)
     whole = jnp.minimum(whole, num_blocks)
   if has_segments:
     whole = num_blocks
@@ -535,7 +533,7 @@ def _run_backward_kv(
     )
   k_spec = pl.BlockSpec(
     (None, None, spec.block_k, k.shape[-1]),
-    lambda j, n, b: (b, jax.lax.div(n, shared), j, 0),
+    lambda j, n, b: (b, flash.floor_div(n, shared), j, 0),
   )
   if of_scale:
     shape = (batch, num_heads, k.shape[2])

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
@@ -48,11 +49,6 @@ def _params() -> pltpu.CompilerParams:
   return pltpu.CompilerParams(
     dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")
   )
-
-
-def _floor_div(numerator: Any, denominator: int) -> Any:
-  """Of what is not negative; what is, counts as 0."""
-  return jax.lax.div(jnp.maximum(numerator, 0), denominator)
 
 
 def _as_column(row: Array) -> Array:
@@ -157,9 +153,11 @@ def _over_keys(spec: flash.Spec, q: Array, k: Array) -> tuple[tuple, _Grid]:
 
   def index(b, n, i, j):
     if spec.causal:  # Blocks that nobody sees are not fetched either.
-      last = _floor_div((i + 1) * spec.block_q - 1 + spec.offset, spec.block_k)
+      last = flash.floor_div(
+        (i + 1) * spec.block_q - 1 + spec.offset, spec.block_k
+      )
       j = jnp.minimum(j, jnp.minimum(last, num_blocks - 1))
-    return b, n, _floor_div(n, groups), i, j
+    return b, n, flash.floor_div(n, groups), i, j
 
   grid = (batch, num_heads, num_queries // spec.block_q, num_blocks)
   return grid, _Grid(spec=spec, groups=groups, head_dim=head_dim, index=index)
@@ -179,13 +177,13 @@ def _over_queries(
   num_blocks = num_queries // spec.block_q
 
   def index(b, h, j, step):
-    i = jax.lax.rem(step, num_blocks)
+    i = jax.lax.rem(step, np.int32(num_blocks))
     if per_query_head:
-      n, h = h, _floor_div(h, groups)
+      n, h = h, flash.floor_div(h, groups)
     else:
-      n = h * groups + _floor_div(step, num_blocks)
+      n = h * groups + flash.floor_div(step, num_blocks)
     if spec.causal:
-      first = _floor_div(j * spec.block_k - spec.offset, spec.block_q)
+      first = flash.floor_div(j * spec.block_k - spec.offset, spec.block_q)
       i = jnp.maximum(i, jnp.minimum(first, num_blocks - 1))
     return b, n, h, i, j
 
@@ -470,7 +468,7 @@ def _backward_kv_kernel(
   """dK and dV of a block of key tokens; or d scale, where that is asked for."""
   *out_refs, acc, columns = rest
   j, step_index = pl.program_id(2), pl.program_id(3)
-  i = jax.lax.rem(step_index, num_blocks)
+  i = jax.lax.rem(step_index, np.int32(num_blocks))
   kept = (
     None if noise is None else (noise.column, noise.scale),
     None if segments is None else segments.key_token,

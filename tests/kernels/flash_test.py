@@ -167,7 +167,7 @@ def test_gradients_match_finite_differences_in_float64(implementation, mode):
   with jax.enable_x64(True):
     args = tuple(np.asarray(x, np.float64) for x in inputs(case, batch=1))
 
-    @functools.partial(jax.jit, compiler_options=FAST)
+    @jax.jit
     def loss(q, k, v):
       out = attend(case, mode, implementation, q, k, v, *small)
       return (out * jnp.cos(jnp.arange(out.size)).reshape(out.shape)).sum()
