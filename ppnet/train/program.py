@@ -72,7 +72,7 @@ class Program:
     """
     placed = jax.device_put(dict(batch), self.rules.batch_sharding(self.mesh))
     if self.cut_keys is not None:
-      placed["cut_key"] = self.cut_keys(placed["index"])
+      placed["cut_key"] = self.cut_keys(placed["index"], placed.get("view"))
     return placed
 
   def put(self, value: Any) -> Any:
@@ -221,7 +221,7 @@ def _private_cut(
 
 
 def _cut_keys(config: config_lib.PrivateCutConfig, mesh: Mesh) -> Any:
-  """A function of a batch's record numbers; each call draws anew."""
+  """A function of a batch's records and views; each call draws anew."""
   replicated = rules_lib.replicated(mesh)
   root_key = jax.device_put(
     prng.root(input_privacy.noise_root_entropy(config)), replicated
@@ -229,13 +229,14 @@ def _cut_keys(config: config_lib.PrivateCutConfig, mesh: Mesh) -> Any:
   numbers = itertools.count()
 
   @jax.jit
-  def keys(root_key, number, index):
+  def keys(root_key, number, index, view):
     stem = prng.stream(root_key, prng.Stream.PRIVATE_CUT, number)
-    return prng.per_record(stem, index)
+    of_records = prng.per_record(stem, index)
+    return of_records if view is None else prng.per_view(of_records, view)
 
-  def fresh(index):
+  def fresh(index, view):
     number = jax.device_put(np.uint32(next(numbers)), replicated)
-    return keys(root_key, number, index)
+    return keys(root_key, number, index, view)
 
   return fresh
 
