@@ -139,6 +139,13 @@ class AttentionImplementation(enum.Enum):
   GPU = "gpu"  # Pallas Triton, likewise.
 
 
+class NoiseGenerator(enum.Enum):
+  """What attention noise is drawn with."""
+
+  PORTABLE = "portable"  # A hash: the same bits on every device.
+  HARDWARE = "hardware"  # A TPU's own generator: cheaper, on TPU kernels only.
+
+
 class ComputeDtype(enum.Enum):
   """What activations are computed in; parameters are always float32."""
 
@@ -361,6 +368,7 @@ class AttentionNoiseConfig:
   Attributes:
     stddev: standard deviation; 0 turns the mechanism off.
     mode: SCORES or WEIGHTS.
+    generator: PORTABLE, or HARDWARE on TPU.
     at_evaluation: keep the noise on when evaluating.
     consistency_weight: weight of KL(clean || noisy prediction) in the loss;
       above 0 it costs a second forward pass.
@@ -368,6 +376,7 @@ class AttentionNoiseConfig:
 
   stddev: float = 0.0
   mode: NoiseMode = NoiseMode.SCORES
+  generator: NoiseGenerator = NoiseGenerator.PORTABLE
   at_evaluation: bool = False
   consistency_weight: float = 0.0
 

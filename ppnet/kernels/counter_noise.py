@@ -170,6 +170,32 @@ def raw(row: Array, column: Array) -> Array:
   return deviation * (square + jnp.float32(_OFFSET))
 
 
+# One tile of hardware noise is seeded by itself, so that the kernel's blocks,
+# which are whole tiles, do not matter.
+HARDWARE_TILE = 256
+_HARDWARE_MEAN = 2.0 ** (_STEP_BITS + 4)
+_HARDWARE_STDDEV = 23410.589964800  # Counted over all 2^32 words.
+HARDWARE_UNIT = 1 / _HARDWARE_STDDEV
+
+
+def raw_of_bits(bits: Array) -> Array:
+  """Near normals of standard deviation 1 / `HARDWARE_UNIT` from random bits.
+
+  Set bits and two uniforms of one step's width, without the cubic: symmetric,
+  excess kurtosis -0.068, distribution function within 1.8e-3 of the normal's.
+
+  Args:
+    bits: uniform uint32.
+  """
+  total = (
+    (jax.lax.population_count(bits) << _STEP_BITS)
+    + (bits >> (32 - _STEP_BITS))
+    - (bits & jnp.uint32(2**_STEP_BITS - 1))
+  )
+  signed = jax.lax.bitcast_convert_type(total, jnp.int32)
+  return signed.astype(jnp.float32) - _HARDWARE_MEAN
+
+
 def normal(
   keys: Key[Array, " B"],
   *,

@@ -59,7 +59,7 @@ class Spec:
     offset: key tokens minus queries, padding excluded.
     block_q: queries of a block; divides the padded number of queries.
     block_k: key tokens of a block; divides the padded number of key tokens.
-    draw: makes a block of raw noise of the words of its rows and columns.
+    hardware: the noise comes from the device's own generator.
   """
 
   causal: bool
@@ -68,7 +68,7 @@ class Spec:
   offset: int
   block_q: int
   block_k: int
-  draw: Callable[..., Array] = counter_noise.raw
+  hardware: bool = False
 
 
 @functools.partial(
@@ -81,9 +81,10 @@ class Noise:
   """The noise of one call: raw(row, column) * scale.
 
   Attributes:
-    row: a word per query, u32[B, N, T].
-    column: a word per key token, u32[B, N, S].
-    scale: standard deviation times `counter_noise.UNIT`, f32[B, N, S].
+    row: a word per query, u32[B, N, T]; the seed of each head, i32[B, N, 2],
+      where the hardware draws.
+    column: a word per key token, u32[B, N, S]; None where the hardware draws.
+    scale: standard deviation times the generator's unit, f32[B, N, S].
   """
 
   row: Leaf
@@ -142,6 +143,7 @@ class Backend:
     block_multiple: blocks must be multiples of it.
     block_q: queries of a block, unless there are fewer.
     block_k: key tokens of a block, unless there are fewer.
+    has_generator: whether it can draw by hardware.
   """
 
   forward: Callable[..., tuple[Array, Array]]
@@ -152,6 +154,7 @@ class Backend:
   block_multiple: int
   block_q: int
   block_k: int
+  has_generator: bool = False
 
 
 def attention(
@@ -183,7 +186,8 @@ def attention(
     ValueError: block sizes that are not positive.
   """
   num_queries, num_keys = q.shape[1], k.shape[1]
-  multiple = backend.block_multiple
+  hardware = noise is not None and noise.column is None
+  multiple = counter_noise.HARDWARE_TILE if hardware else backend.block_multiple
   if block_sizes is None:
     # Both are powers of two times the multiple.
     block_q, block_k = (
@@ -196,6 +200,8 @@ def attention(
   else:
     block_q, block_k = block_sizes
     checks.positive(block_q=block_q, block_k=block_k)
+  if hardware:
+    _check_hardware(backend, block_q=block_q, block_k=block_k)
   spec = Spec(
     causal=causal,
     mode=mode,
@@ -203,6 +209,7 @@ def attention(
     offset=num_keys - num_queries,
     block_q=block_q,
     block_k=block_k,
+    hardware=hardware,
   )
   pad_q = functools.partial(_pad, multiple=block_q)
   pad_k = functools.partial(_pad, multiple=block_k)
@@ -217,7 +224,9 @@ def attention(
   words = None
   if noise is not None:
     scale = pad_k(noise.scale, axis=2)
-    words = (pad_q(noise.row, axis=2), pad_k(noise.column, axis=2))
+    words = (noise.row, None)
+    if not hardware:
+      words = (pad_q(noise.row, axis=2), pad_k(noise.column, axis=2))
   out = _flash(
     (backend, spec),
     pad_q(jnp.swapaxes(q, 1, 2), axis=2),
@@ -228,6 +237,24 @@ def attention(
     segments,
   )
   return jnp.swapaxes(out[:, :, :num_queries], 1, 2)
+
+
+def _check_hardware(backend: Backend, *, block_q: int, block_k: int) -> None:
+  """Raises unless the backend can draw by hardware in blocks of this size."""
+  if not backend.has_generator:
+    checks.fail(
+      "the TPU's kernels where the hardware draws the noise",
+      "Use NoiseGenerator.PORTABLE, which is the same on every device.",
+      block_q=block_q,
+      block_k=block_k,
+    )
+  tile = counter_noise.HARDWARE_TILE
+  if block_q % tile or block_k % tile:
+    checks.fail(
+      f"blocks that are multiples of {tile} where the hardware draws",
+      block_q=block_q,
+      block_k=block_k,
+    )
 
 
 def _pad(x: Array, *, multiple: int, axis: int, value: int = 0) -> Array:
@@ -370,17 +397,21 @@ def scores(
   allowed: Array | None,
   transposed: bool,
   head_dim: int | None = None,
+  drawn: Array | None = None,
 ) -> tuple[Array, Array | None]:
   """Scores of a block in units of log 2, and its raw noise.
 
-  `head_dim` is H where q and k are padded.
+  `head_dim` is H where q and k are padded; `drawn` is the block's raw noise
+  where it does not come from words.
   """
   left, right = (k, q) if transposed else (q, k)
   scale = (head_dim or q.shape[-1]) ** -0.5 * _LOG2E
   s = matmul(left, right, contract=(1, 1)) * scale
   draw = None
   if noise is not None:
-    draw = spec.draw(noise.row, noise.column)
+    draw = drawn
+    if draw is None:
+      draw = counter_noise.raw(noise.row, noise.column)
     if spec.mode is NoiseMode.SCORES:
       s = s + draw * (noise.scale * _LOG2E)
   if allowed is not None:

@@ -26,6 +26,7 @@ from ppnet.core import checks
 from ppnet.kernels import counter_noise, flash, gpu, reference, tpu
 
 NoiseMode = config_lib.NoiseMode
+NoiseGenerator = config_lib.NoiseGenerator
 Implementation = config_lib.AttentionImplementation
 Leaf = Any
 
@@ -41,7 +42,7 @@ _BACKENDS = {
 @functools.partial(
   jax.tree_util.register_dataclass,
   data_fields=["key", "stddev", "key_token_scale"],
-  meta_fields=["mode"],
+  meta_fields=["mode", "generator"],
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionNoise:
@@ -54,12 +55,16 @@ class AttentionNoise:
     mode: whether scores or weights are noised.
     key_token_scale: factor on stddev per key token, f32[B, S]: above 1 where a
       token is marked sensitive. None means 1 everywhere.
+    generator: PORTABLE is the same on every device. HARDWARE is a TPU's own
+      generator: not portable to any other implementation, and positions are
+      counted from the first query of the call.
   """
 
   key: Leaf
   stddev: Leaf
   mode: NoiseMode = NoiseMode.SCORES
   key_token_scale: Leaf = None
+  generator: NoiseGenerator = NoiseGenerator.PORTABLE
 
 
 def noisy_attention(
@@ -118,6 +123,13 @@ def noisy_attention(
       num_keys=num_keys,
     )
   mode = None if noise is None else noise.mode
+  is_hardware = noise is not None and noise.generator is NoiseGenerator.HARDWARE
+  if is_hardware and chosen is not Implementation.TPU:
+    checks.fail(
+      "the TPU implementation where the hardware draws the noise",
+      "Use NoiseGenerator.PORTABLE, which is the same on every device.",
+      implementation=chosen.name,
+    )
   if chosen is Implementation.REFERENCE:
     return _reference(
       q, k, v, causal=causal, segment_ids=segment_ids, noise=drawn, mode=mode
@@ -198,15 +210,21 @@ def _words_and_scale(
     checks.fail(
       f"noise.stddev of shape () or ({num_heads},)", shape=stddev.shape
     )
-  row, column = counter_noise.position_words(
-    keys,
-    num_heads=num_heads,
-    # Global positions: a later chunk of queries draws what it would have drawn
-    # in one piece.
-    query_index=jnp.arange(num_queries) + (num_keys - num_queries),
-    key_index=jnp.arange(num_keys),
-  )
-  scale = jnp.broadcast_to(stddev * counter_noise.UNIT, (num_heads,))
+  if noise.generator is NoiseGenerator.HARDWARE:
+    seeds = jnp.stack(counter_noise.head_keys(keys, num_heads), axis=-1)
+    row, column = jax.lax.bitcast_convert_type(seeds, jnp.int32), None
+    unit = counter_noise.HARDWARE_UNIT
+  else:
+    row, column = counter_noise.position_words(
+      keys,
+      num_heads=num_heads,
+      # Global positions: a later chunk of queries draws what it would have
+      # drawn in one piece.
+      query_index=jnp.arange(num_queries) + (num_keys - num_queries),
+      key_index=jnp.arange(num_keys),
+    )
+    unit = counter_noise.UNIT
+  scale = jnp.broadcast_to(stddev * unit, (num_heads,))
   scale = jnp.broadcast_to(scale[None, :, None], (batch, num_heads, num_keys))
   if noise.key_token_scale is not None:
     if noise.key_token_scale.shape != (batch, num_keys):

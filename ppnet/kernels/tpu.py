@@ -22,11 +22,13 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
 from ppnet import config as config_lib
-from ppnet.kernels import flash
+from ppnet.kernels import counter_noise, flash
 
 _WEIGHTS = config_lib.NoiseMode.WEIGHTS
 # Lanes of a vector register; also the least that Mosaic turns around.
 _LANES = 128
+# Of a tile's number in its seed; large, so that heads' seeds do not meet.
+_SEED_FACTORS = (0x2C1B3C6D, 0x297A2D39)
 
 Ref = Any
 
@@ -122,6 +124,13 @@ class _Grid:
     """Of the noise's words and scale."""
     if noise is None:
       return None
+    if self.spec.hardware:
+      seed = pl.BlockSpec(
+        (None, None, 1, 2),
+        lambda *g: (self.index(*g)[0], self.index(*g)[1], 0, 0),
+        memory_space=pltpu.SMEM,
+      )
+      return flash.Noise(row=seed, column=None, scale=self.column())
     return flash.Noise(
       row=self.row(), column=self.column(), scale=self.column()
     )
@@ -230,7 +239,7 @@ def _forward_kernel(
   out_ref, stat_ref, acc, top, total, columns = rest
   i, j = pl.program_id(2), pl.program_id(3)
   rows = (
-    None if noise is None else noise.row,
+    _row_words(spec, noise),
     None if segments is None else segments.query,
     lse_ref,
   )
@@ -255,6 +264,7 @@ def _forward_kernel(
       noise=_read(noise_),
       allowed=allowed,
       transposed=False,
+      drawn=_drawn(spec, noise, i, j, transposed=False),
     )
     v = v_ref[...]
     if lse is not None:
@@ -290,6 +300,40 @@ def _with_rows(noise: Any, row: Any) -> Any:
   return None if noise is None else dataclasses.replace(noise, row=row)
 
 
+def _row_words(spec: flash.Spec, noise: Any) -> Any:
+  """The words of queries, which become a column; the hardware has none."""
+  return None if noise is None or spec.hardware else noise.row
+
+
+def _drawn(
+  spec: flash.Spec, noise: Any, i: Any, j: Any, *, transposed: bool
+) -> Array | None:
+  """Raw noise of block (i, j) by hardware, each tile from a seed of its own."""
+  if noise is None or not spec.hardware:
+    return None
+  tile = counter_noise.HARDWARE_TILE
+  num_rows, num_columns = spec.block_q // tile, spec.block_k // tile
+
+  def draw(row, column):
+    # Odd factors: no two tiles of a head share a seed.
+    pltpu.prng_seed(
+      noise.row[0, 0] + (i * num_rows + row) * _SEED_FACTORS[0],
+      noise.row[0, 1] + (j * num_columns + column) * _SEED_FACTORS[1],
+    )
+    bits = pltpu.prng_random_bits((tile, tile))
+    bits = jax.lax.bitcast_convert_type(bits, jnp.uint32)
+    return bits.T if transposed else bits
+
+  tiles = [
+    [draw(row, column) for column in range(num_columns)]
+    for row in range(num_rows)
+  ]
+  if transposed:
+    tiles = list(zip(*tiles, strict=True))
+  bits = jnp.concatenate([jnp.concatenate(row, axis=1) for row in tiles])
+  return counter_noise.raw_of_bits(bits)
+
+
 def _with_query(segments: Any, query: Any) -> Any:
   return (
     None if segments is None else dataclasses.replace(segments, query=query)
@@ -302,7 +346,7 @@ def _run_forward(spec, q, k, v, lse, noise, segments):
   wide = flash.wide_dtype(q.dtype)
   noise, segments, lse = _rows((noise, segments, lse))
   rows = (
-    None if noise is None else noise.row,
+    _row_words(spec, noise),
     None if segments is None else segments.query,
     lse,
   )
@@ -360,7 +404,7 @@ def _backward_q_kernel(
     dq_ref, acc, columns = rest
   i, j = pl.program_id(2), pl.program_id(3)
   rows = (
-    None if noise is None else noise.row,
+    _row_words(spec, noise),
     None if segments is None else segments.query,
     stats,
   )
@@ -386,7 +430,13 @@ def _backward_q_kernel(
     )
     k, v = k_ref[...], v_ref[...]
     s, draw = flash.scores(
-      spec, q_ref[...], k, noise=noise_, allowed=allowed, transposed=False
+      spec,
+      q_ref[...],
+      k,
+      noise=noise_,
+      allowed=allowed,
+      transposed=False,
+      drawn=_drawn(spec, noise, i, j, transposed=False),
     )
     grads = flash.block_grads(
       spec,
@@ -423,7 +473,7 @@ def backward_q(spec, q, k, v, d_out, stats, noise, segments):
   wide = flash.wide_dtype(q.dtype)
   stats, noise, segments = _rows((stats, noise, segments))
   rows = (
-    None if noise is None else noise.row,
+    _row_words(spec, noise),
     None if segments is None else segments.query,
     stats,
   )
@@ -497,7 +547,13 @@ def _backward_kv_kernel(
     )
     q, do = q_ref[...], do_ref[...]
     s, draw = flash.scores(
-      spec, q, k_ref[...], noise=noise_, allowed=allowed, transposed=True
+      spec,
+      q,
+      k_ref[...],
+      noise=noise_,
+      allowed=allowed,
+      transposed=True,
+      drawn=_drawn(spec, noise, i, j, transposed=True),
     )
     grads = flash.block_grads(
       spec,
@@ -601,4 +657,5 @@ BACKEND = flash.Backend(
   block_multiple=_LANES,
   block_q=256,
   block_k=512,
+  has_generator=True,
 )

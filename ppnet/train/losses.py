@@ -84,7 +84,10 @@ def attention_noise(
   if config.stddev == 0:
     return None
   return noisy_attention.AttentionNoise(
-    key=keys, stddev=jnp.float32(config.stddev), mode=config.mode
+    key=keys,
+    stddev=jnp.float32(config.stddev),
+    mode=config.mode,
+    generator=config.generator,
   )
 
 
