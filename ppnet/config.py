@@ -12,7 +12,15 @@ import dataclasses
 import enum
 import re
 
+from ppnet import config_attention
 from ppnet.core import checks
+
+# What concerns attention has a file of its own, and its names here.
+NoiseMode = config_attention.NoiseMode
+NoiseGenerator = config_attention.NoiseGenerator
+AttentionImplementation = config_attention.AttentionImplementation
+AttentionNoiseConfig = config_attention.AttentionNoiseConfig
+PrivateCutConfig = config_attention.PrivateCutConfig
 
 # In the order in which they stand before the prompt. A name is the key of the
 # record's media, the field of `ModelConfig` that shapes its stem, and the
@@ -122,28 +130,6 @@ class PrivacyUnit(enum.Enum):
 
   EXAMPLE = "example"
   USER = "user"
-
-
-class NoiseMode(enum.Enum):
-  """Where attention noise enters."""
-
-  SCORES = "scores"  # softmax(QK'/sqrt(d) + stddev N) V
-  WEIGHTS = "weights"  # renormalised (softmax(QK'/sqrt(d)) + stddev N)_+ V
-
-
-class AttentionImplementation(enum.Enum):
-  """Which code computes attention; all of them compute the same values."""
-
-  REFERENCE = "reference"  # XLA, the noise an array [B, N, T, S]. The oracle.
-  TPU = "tpu"  # Pallas Mosaic, O(T) memory; interpreted on other devices.
-  GPU = "gpu"  # Pallas Triton, likewise.
-
-
-class NoiseGenerator(enum.Enum):
-  """What attention noise is drawn with."""
-
-  PORTABLE = "portable"  # A hash: the same bits on every device.
-  HARDWARE = "hardware"  # A TPU's own generator: cheaper, on TPU kernels only.
 
 
 class ComputeDtype(enum.Enum):
@@ -317,30 +303,6 @@ class AudioStemConfig:
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
-class PrivateCutConfig:
-  """A hidden state that is clipped and noised: privacy of one input.
-
-  Every output is (epsilon, delta)-differentially private with respect to its
-  own input, all tokens together; see `privacy.input_privacy`. It costs accuracy
-  and is no part of the training set's guarantee.
-
-  Attributes:
-    layer: decoder layer, counted from 0, whose input is cut.
-    l2_clip_norm: bound on one example's state over all its tokens.
-    epsilon: of one output.
-    delta: of one output.
-    noise_seed: None draws the root from the operating system's entropy. A seed
-      makes a run repeatable and voids the guarantee towards whoever knows it.
-  """
-
-  layer: int = 0
-  l2_clip_norm: float = 1.0
-  epsilon: float = 8.0
-  delta: float = 1e-5
-  noise_seed: int | None = None
-
-
-@dataclasses.dataclass(slots=True, kw_only=True)
 class ModelConfig:
   """The multimodal network: stems, projectors, decoder.
 
@@ -348,7 +310,7 @@ class ModelConfig:
     decoder: see `LlamaConfig`.
     image: stem of pictures; None leaves them out.
     audio: stem of sounds; None leaves them out.
-    private_cut: makes the decoder's hidden state private; None does not.
+    private_cut: makes the decoder's hidden state private.
   """
 
   decoder: LlamaConfig = dataclasses.field(default_factory=LlamaConfig)
@@ -358,27 +320,9 @@ class ModelConfig:
   audio: AudioStemConfig | None = dataclasses.field(
     default_factory=AudioStemConfig
   )
-  private_cut: PrivateCutConfig | None = None
-
-
-@dataclasses.dataclass(slots=True, kw_only=True)
-class AttentionNoiseConfig:
-  """Noise inside attention: a regulariser. It carries no privacy guarantee.
-
-  Attributes:
-    stddev: standard deviation; 0 turns the mechanism off.
-    mode: SCORES or WEIGHTS.
-    generator: PORTABLE, or HARDWARE on TPU.
-    at_evaluation: keep the noise on when evaluating.
-    consistency_weight: weight of KL(clean || noisy prediction) in the loss;
-      above 0 it costs a second forward pass.
-  """
-
-  stddev: float = 0.0
-  mode: NoiseMode = NoiseMode.SCORES
-  generator: NoiseGenerator = NoiseGenerator.PORTABLE
-  at_evaluation: bool = False
-  consistency_weight: float = 0.0
+  private_cut: PrivateCutConfig = dataclasses.field(
+    default_factory=PrivateCutConfig
+  )
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -796,13 +740,6 @@ def _validate_model(config: ExperimentConfig) -> None:
       "Rotary embeddings turn pairs of features.",
       head_dim=decoder.head_dim,
     )
-  for layer in decoder.noise_layers:
-    if not 0 <= layer < decoder.num_layers:
-      checks.fail(
-        "layers of the decoder in model.decoder.noise_layers, counted from 0",
-        noise_layers=decoder.noise_layers,
-        num_layers=decoder.num_layers,
-      )
   if decoder.vocab_size < config.data.vocab_size:
     checks.fail(
       "model.decoder.vocab_size >= data.vocab_size",
@@ -823,30 +760,11 @@ def _validate_model(config: ExperimentConfig) -> None:
     checks.positive(
       **{"model.audio.frames_per_token": config.model.audio.frames_per_token}
     )
-  cut = config.model.private_cut
-  if cut is not None:
-    if not 0 <= cut.layer < decoder.num_layers:
-      checks.fail(
-        "model.private_cut.layer to be a layer of the decoder, counted from 0",
-        layer=cut.layer,
-        num_layers=decoder.num_layers,
-      )
-    checks.positive(
-      **{
-        "model.private_cut.l2_clip_norm": cut.l2_clip_norm,
-        "model.private_cut.epsilon": cut.epsilon,
-      }
-    )
-    checks.in_open_unit_interval(
-      "delta is the probability that the guarantee fails.",
-      **{"model.private_cut.delta": cut.delta},
-    )
-  noise = config.attention_noise
-  checks.non_negative(
-    **{
-      "attention_noise.stddev": noise.stddev,
-      "attention_noise.consistency_weight": noise.consistency_weight,
-    }
+  config_attention.validate(
+    noise=config.attention_noise,
+    private_cut=config.model.private_cut,
+    noise_layers=decoder.noise_layers,
+    num_layers=decoder.num_layers,
   )
 
 

@@ -194,7 +194,7 @@ def _plan(experiment: loop.Experiment) -> str:
 def _input_guarantee(config: config_lib.ExperimentConfig) -> list[str]:
   """What the private cut promises, where there is one."""
   cut = config.model.private_cut
-  if cut is None:
+  if cut.layer is None:
     return []
   return [f"private cut: {input_privacy.claim(cut)['guarantee']}"]
 

@@ -322,6 +322,11 @@ _flash.defvjp(_flash_forward, _flash_backward)
 # what belongs to columns [k, 1], and everything broadcasts.
 
 
+def as_rows(tree: Any) -> Any:
+  """Gives each leaf [..., n] the axis that makes it a row [..., 1, n]."""
+  return jax.tree.map(lambda leaf: leaf[..., None, :], tree)
+
+
 def wide_dtype(dtype: Any) -> Any:
   """What is accumulated in: float32, or float64 for float64 inputs."""
   return jnp.promote_types(dtype, jnp.float32)

@@ -149,11 +149,6 @@ class _Grid:
     )
 
 
-def _rows(tree: Any) -> Any:
-  """Gives each leaf [..., n] the axis that makes it a row [..., 1, n]."""
-  return jax.tree.map(lambda leaf: leaf[..., None, :], tree)
-
-
 def _over_keys(spec: flash.Spec, q: Array, k: Array) -> tuple[tuple, _Grid]:
   """Grid of a kernel that walks over key tokens for a block of queries."""
   batch, num_heads, num_queries, head_dim = q.shape
@@ -340,11 +335,11 @@ def _with_query(segments: Any, query: Any) -> Any:
   )
 
 
-def _run_forward(spec, q, k, v, lse, noise, segments):
-  """Calls `_forward_kernel`; arguments as in `flash.Backend`."""
+def forward_weights(spec, q, k, v, lse, noise, segments):
+  """See `flash.Backend`; without `lse`, its `forward`."""
   grid, blocks = _over_keys(spec, q, k)
   wide = flash.wide_dtype(q.dtype)
-  noise, segments, lse = _rows((noise, segments, lse))
+  noise, segments, lse = flash.as_rows((noise, segments, lse))
   rows = (
     _row_words(spec, noise),
     None if segments is None else segments.query,
@@ -383,12 +378,7 @@ def _run_forward(spec, q, k, v, lse, noise, segments):
 
 def forward(spec, q, k, v, noise, segments):
   """See `flash.Backend`."""
-  return _run_forward(spec, q, k, v, None, noise, segments)
-
-
-def forward_weights(spec, q, k, v, lse, noise, segments):
-  """See `flash.Backend`."""
-  return _run_forward(spec, q, k, v, lse, noise, segments)
+  return forward_weights(spec, q, k, v, None, noise, segments)
 
 
 def _backward_q_kernel(
@@ -471,7 +461,7 @@ def backward_q(spec, q, k, v, d_out, stats, noise, segments):
   """See `flash.Backend`."""
   grid, blocks = _over_keys(spec, q, k)
   wide = flash.wide_dtype(q.dtype)
-  stats, noise, segments = _rows((stats, noise, segments))
+  stats, noise, segments = flash.as_rows((stats, noise, segments))
   rows = (
     _row_words(spec, noise),
     None if segments is None else segments.query,
@@ -593,7 +583,7 @@ def _run_backward_kv(
   """Calls `_backward_kv_kernel`; arguments as in `flash.Backend`."""
   grid, blocks = _over_queries(spec, q, k, per_query_head=of_scale)
   wide = flash.wide_dtype(q.dtype)
-  stats, noise, segments = _rows((stats, noise, segments))
+  stats, noise, segments = flash.as_rows((stats, noise, segments))
   kept = (
     None if noise is None else (noise.column, noise.scale),
     None if segments is None else segments.key_token,

@@ -66,7 +66,9 @@ class Experiment:
     """What a record of this run says of its privacy, after so many charges."""
     claim = self.mechanism.claim()
     cut = self.config.model.private_cut
-    of_inputs = {} if cut is None else {"private_cut": input_privacy.claim(cut)}
+    of_inputs = (
+      {} if cut.layer is None else {"private_cut": input_privacy.claim(cut)}
+    )
     return (
       of_inputs
       | {

