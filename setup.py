@@ -20,6 +20,7 @@ _INSTALL_REQUIRES = [
   "numpy>=2.0",
   "optax>=0.2.8",
   "orbax-checkpoint>=0.11.30",
+  "safetensors>=0.8",
   "scikit-learn>=1.5",
   "scipy>=1.14",
   "sentencepiece>=0.2",
@@ -42,6 +43,21 @@ _EXTRAS_REQUIRE = {
     "pytest-xdist>=3.6",
     "pytest>=8.3",
     "ruff==0.17.5",
+  ],
+  # Other libraries, for comparison: benchmarks and tests marked `peers`. torch
+  # is pinned to one release because PyPI's wheels for Linux bring the CUDA
+  # libraries and PyTorch's own index has the same release without:
+  #   pip install -e '.[test,peers]' \
+  #     --extra-index-url https://download.pytorch.org/whl/cpu
+  # Where pip sees both it takes 2.13.0+cpu, the later version of the two. A pin
+  # of 2.13.0+cpu itself could not be met on a Mac.
+  "peers": [
+    "jax-privacy>=2.0",
+    "librosa>=0.11",
+    "opacus>=1.6",
+    "peft>=0.21",
+    "torch==2.13.0",
+    "transformers>=5.0",
   ],
   "tpu": ["jax[tpu]"],
   "cuda": ["jax[cuda13]"],

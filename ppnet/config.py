@@ -12,7 +12,7 @@ import dataclasses
 import enum
 import re
 
-from ppnet import config_attention
+from ppnet import config_attention, model_config
 from ppnet.core import checks
 
 # What concerns attention has a file of its own, and its names here.
@@ -21,6 +21,16 @@ NoiseGenerator = config_attention.NoiseGenerator
 AttentionImplementation = config_attention.AttentionImplementation
 AttentionNoiseConfig = config_attention.AttentionNoiseConfig
 PrivateCutConfig = config_attention.PrivateCutConfig
+# The shapes of networks, in a file of their own; these are their names.
+ComputeDtype = model_config.ComputeDtype
+RopeScalingConfig = model_config.RopeScalingConfig
+LoraConfig = model_config.LoraConfig
+LlamaConfig = model_config.LlamaConfig
+ImageStemConfig = model_config.ImageStemConfig
+AudioStemConfig = model_config.AudioStemConfig
+ModelConfig = model_config.ModelConfig
+llama_tiny = model_config.llama_tiny
+PROJECTIONS = model_config.PROJECTIONS
 
 # In the order in which they stand before the prompt. A name is the key of the
 # record's media, the field of `ModelConfig` that shapes its stem, and the
@@ -132,13 +142,6 @@ class PrivacyUnit(enum.Enum):
   USER = "user"
 
 
-class ComputeDtype(enum.Enum):
-  """What activations are computed in; parameters are always float32."""
-
-  FLOAT32 = "float32"
-  BFLOAT16 = "bfloat16"
-
-
 class OptimizerName(enum.Enum):
   """The optimizer behind the privatizer."""
 
@@ -151,6 +154,13 @@ class Schedule(enum.Enum):
 
   CONSTANT = "constant"
   COSINE = "cosine"
+
+
+class BenchSubject(enum.Enum):
+  """What a BENCHMARK job measures."""
+
+  ENGINES = "engines"  # The clipped sum, by each engine and by other libraries.
+  ATTENTION = "attention"  # Attention with noise, by kernels and reference.
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -219,110 +229,6 @@ class DataConfig:
   audio: AudioConfig = dataclasses.field(default_factory=AudioConfig)
   on_bad_record: BadRecord = BadRecord.RAISE
   cache: bool = True
-
-
-@dataclasses.dataclass(slots=True, kw_only=True)
-class LlamaConfig:
-  """Shape of the decoder; the defaults are Llama-7B.
-
-  Touvron et al. 2023, https://arxiv.org/abs/2302.13971.
-
-  Attributes:
-    vocab_size: rows of the embedding; at least `data.vocab_size`.
-    embed_dim: features of a token.
-    num_layers: decoder blocks.
-    num_heads: query heads.
-    num_kv_heads: key and value heads; divides `num_heads`.
-    head_dim: features of a head; even.
-    mlp_dim: hidden features of the feed-forward block.
-    max_seq_len: longest sequence, in tokens.
-    rope_theta: base of the rotary frequencies.
-    rms_norm_eps: added to the mean square before its root.
-    tie_embeddings: use the embedding as the output head.
-    remat: compute activations again in the backward pass: less memory.
-    compute_dtype: of activations; parameters are always float32.
-    attention: code that computes attention; None chooses by the platform.
-    noise_layers: layers, counted from 0, whose attention is noised where
-      `attention_noise` is on; none named: all of them.
-  """
-
-  vocab_size: int = 32000
-  embed_dim: int = 4096
-  num_layers: int = 32
-  num_heads: int = 32
-  num_kv_heads: int = 32
-  head_dim: int = 128
-  mlp_dim: int = 11008
-  max_seq_len: int = 2048
-  rope_theta: float = 10000.0
-  rms_norm_eps: float = 1e-5
-  tie_embeddings: bool = False
-  remat: bool = False
-  compute_dtype: ComputeDtype = ComputeDtype.FLOAT32
-  attention: AttentionImplementation | None = None
-  noise_layers: tuple[int, ...] = ()
-
-
-def llama_tiny(*, vocab_size: int) -> LlamaConfig:
-  """A decoder for examples and laptops: 27,000 parameters or so."""
-  return LlamaConfig(
-    vocab_size=vocab_size,
-    embed_dim=32,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=2,
-    head_dim=16,
-    mlp_dim=64,
-    max_seq_len=64,
-  )
-
-
-@dataclasses.dataclass(slots=True, kw_only=True)
-class ImageStemConfig:
-  """A small CNN: 3x3 convolutions, then one token per pooled patch.
-
-  Attributes:
-    channels: output channels of each convolution; each halves the picture
-      where `strides` says 2.
-    strides: stride of each convolution.
-  """
-
-  channels: tuple[int, ...] = (16, 32)
-  strides: tuple[int, ...] = (1, 2)
-
-
-@dataclasses.dataclass(slots=True, kw_only=True)
-class AudioStemConfig:
-  """Groups of consecutive frames.
-
-  Attributes:
-    frames_per_token: frames that make one token.
-  """
-
-  frames_per_token: int = 6
-
-
-@dataclasses.dataclass(slots=True, kw_only=True)
-class ModelConfig:
-  """The multimodal network: stems, projectors, decoder.
-
-  Attributes:
-    decoder: see `LlamaConfig`.
-    image: stem of pictures; None leaves them out.
-    audio: stem of sounds; None leaves them out.
-    private_cut: makes the decoder's hidden state private.
-  """
-
-  decoder: LlamaConfig = dataclasses.field(default_factory=LlamaConfig)
-  image: ImageStemConfig | None = dataclasses.field(
-    default_factory=ImageStemConfig
-  )
-  audio: AudioStemConfig | None = dataclasses.field(
-    default_factory=AudioStemConfig
-  )
-  private_cut: PrivateCutConfig = dataclasses.field(
-    default_factory=PrivateCutConfig
-  )
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -419,6 +325,10 @@ class TrainConfig:
 
   Attributes:
     num_steps: optimizer steps.
+    trained: patterns of the names of what is trained, each a regular expression
+      for a whole name such as "decoder/layers/mlp/up_proj/kernel"; the rest is
+      frozen, in bfloat16. None given trains everything, or, where the decoder
+      has adapters, everything but the decoder's own parameters.
     expected_batch_size: public divisor of the noisy sum, in privacy units; with
       Poisson sampling the realised size varies around it.
     views_per_example: views of each drawn record, whose mean gradient is
@@ -429,6 +339,7 @@ class TrainConfig:
   """
 
   num_steps: int = 100
+  trained: tuple[str, ...] = ()
   expected_batch_size: int = 256
   views_per_example: int = 1
   eval_every_steps: int = 20
@@ -481,6 +392,53 @@ class AccountConfig:
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
+class BenchConfig:
+  """What a BENCHMARK job measures, and how often.
+
+  Attributes:
+    subject: what is measured.
+    cases: names with commas between them; see `ppnet.bench`. "own" is
+      this configuration's own model and data, in one microbatch.
+    rounds: timed executions of each row, taken in turn.
+    peers: measure other libraries as well.
+  """
+
+  subject: BenchSubject = BenchSubject.ENGINES
+  cases: str = "own"
+  rounds: int = 10
+  peers: bool = True
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class GenerateConfig:
+  """What the GENERATE job continues, and how.
+
+  Attributes:
+    weights: a Hugging Face directory of a Llama and its `tokenizer.model`;
+      empty takes the workdir's newest checkpoint.
+    prompts: texts to continue; none continues records of the test split, with
+      their pictures and sounds, which needs a checkpoint of this experiment.
+    num_records: how many of them.
+    batch_size: prompts that are continued at once.
+    max_prompt_len: longest prompt, in tokens.
+    max_new_tokens: at most this many new ones.
+    temperature: 0 takes the most likely token.
+    top_k: only this many of the most likely tokens; 0 is all.
+    top_p: of those, the fewest that have this probability together.
+  """
+
+  weights: str = ""
+  prompts: tuple[str, ...] = ()
+  num_records: int = 4
+  batch_size: int = 4
+  max_prompt_len: int = 64
+  max_new_tokens: int = 16
+  temperature: float = 0.0
+  top_k: int = 0
+  top_p: float = 1.0
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
 class ExperimentConfig:
   """One experiment.
 
@@ -498,6 +456,8 @@ class ExperimentConfig:
     mesh: see `MeshConfig`.
     perf: see `PerfConfig`.
     account: see `AccountConfig`.
+    bench: see `BenchConfig`.
+    generate: see `GenerateConfig`.
   """
 
   name: str = "experiment"
@@ -516,6 +476,8 @@ class ExperimentConfig:
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
   perf: PerfConfig = dataclasses.field(default_factory=PerfConfig)
   account: AccountConfig = dataclasses.field(default_factory=AccountConfig)
+  bench: BenchConfig = dataclasses.field(default_factory=BenchConfig)
+  generate: GenerateConfig = dataclasses.field(default_factory=GenerateConfig)
 
 
 def num_audio_frames(audio: AudioConfig) -> int:
@@ -740,6 +702,7 @@ def _validate_model(config: ExperimentConfig) -> None:
       "Rotary embeddings turn pairs of features.",
       head_dim=decoder.head_dim,
     )
+  model_config.validate_options(decoder)
   if decoder.vocab_size < config.data.vocab_size:
     checks.fail(
       "model.decoder.vocab_size >= data.vocab_size",
@@ -780,6 +743,7 @@ def _validate_training(config: ExperimentConfig) -> None:
       "perf.microbatch_size": config.perf.microbatch_size,
       "perf.data_threads": config.perf.data_threads,
       "perf.prefetch_steps": config.perf.prefetch_steps,
+      "bench.rounds": config.bench.rounds,
       "optimizer.learning_rate": optimizer.learning_rate,
     }
   )

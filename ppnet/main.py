@@ -13,6 +13,7 @@ training. A run that was killed goes on where it was when the same
 command is given again.
 """
 
+import dataclasses
 import pathlib
 import sys
 import traceback
@@ -20,6 +21,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import tqdm
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -27,11 +29,13 @@ from ml_collections import config_flags
 from ppnet import config as config_lib
 from ppnet import config_args, sweep
 from ppnet.audit import run as audit
-from ppnet.core import checks, records, workdirs
-from ppnet.data import prepare
+from ppnet.bench import attention, engines
+from ppnet.core import checks, prng, records, workdirs
+from ppnet.data import prepare, text
+from ppnet.models import generate, hf, lora, multimodal
 from ppnet.privacy import budget, input_privacy, ledger
 from ppnet.report import budget as budget_figures
-from ppnet.report import figures, tables
+from ppnet.report import figures, ratios, tables
 from ppnet.train import loop
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -137,11 +141,141 @@ def account(config: config_lib.ExperimentConfig, workdir: pathlib.Path) -> None:
     print(f"figure: {budget_figures.budget_figure(workdir, found)}")
 
 
+def benchmark(
+  config: config_lib.ExperimentConfig, workdir: pathlib.Path
+) -> None:
+  """Measures what `config.bench` asks for, then prints table and figure."""
+  record = _BENCHMARKS[config.bench.subject](config, workdir)
+  figure = ratios.write(workdir)
+  print(f"\n{ratios.bench_table(record)}\n\nrecords: {workdir}")
+  print(f"figure:  {figure}")
+
+
+_BENCHMARKS = {
+  config_lib.BenchSubject.ENGINES: engines.run,
+  config_lib.BenchSubject.ATTENTION: attention.run,
+}
+
+
+def generate_text(
+  config: config_lib.ExperimentConfig, workdir: pathlib.Path
+) -> None:
+  """Continues prompts or test records; writes `generations.json`."""
+  options = config.generate
+  if options.weights:
+    given = _published(options)
+  else:
+    given = _checkpoint(config, workdir)
+  tokenizer, prompts, media = given.tokenizer, given.prompts, given.media
+  generator = generate.Generator(
+    given.model,
+    given.params,
+    batch_size=options.batch_size,
+    # Records have one length, and it is known.
+    max_prompt_len=options.max_prompt_len
+    if options.prompts
+    else len(prompts[0]),
+    max_new_tokens=options.max_new_tokens,
+  )
+  continued = generator(
+    prompts,
+    sampling=generate.Sampling(
+      temperature=options.temperature,
+      top_k=options.top_k,
+      top_p=options.top_p,
+    ),
+    stop_ids=[tokenizer.eos_id],
+    key=prng.stream(prng.root(config.seed), prng.Stream.GENERATE, 0),
+    media=media,
+  )
+  rows = [
+    {
+      "prompt": tokenizer.decode(prompt),
+      "continuation": tokenizer.decode(tokens),
+      "tokens": tokens,
+    }
+    for prompt, tokens in zip(prompts, continued, strict=True)
+  ]
+  records.write_json(workdir / "generations.json", rows)
+  for row in rows:
+    print(f"{row['prompt']!r} -> {row['continuation']!r}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Given:
+  """A model and what it is to continue."""
+
+  tokenizer: text.Tokenizer | text.PretrainedTokenizer
+  model: multimodal.PPNet
+  params: Any
+  prompts: list[list[int]]
+  media: dict[str, np.ndarray]
+
+
+def _published(options: config_lib.GenerateConfig) -> _Given:
+  """Published weights and the prompts' texts."""
+  if not options.prompts:
+    checks.fail(
+      "generate.prompts beside generate.weights",
+      "Set --config.generate.prompts='(\"Once upon a time\",)'.",
+      **{"generate.prompts": options.prompts},
+    )
+  folder = pathlib.Path(options.weights)
+  model, params = generate.text_only(*hf.load(folder))
+  tokenizer = text.PretrainedTokenizer.load(folder / "tokenizer.model")
+  return _Given(
+    tokenizer=tokenizer,
+    model=model,
+    params=params,
+    prompts=[tokenizer.encode(prompt, bos=True) for prompt in options.prompts],
+    media={},
+  )
+
+
+def _checkpoint(
+  config: config_lib.ExperimentConfig, workdir: pathlib.Path
+) -> _Given:
+  """The newest checkpoint; the prompts' texts, or the first test records."""
+  options = config.generate
+  experiment = loop.open_experiment(config, workdir)
+  state, _ = loop.restore(experiment)
+  tokenizer, dataset = experiment.tokenizer, experiment.datasets["test"]
+  media: dict[str, np.ndarray] = {}
+  if options.prompts:
+    prompts = [
+      [tokenizer.bos_id, *tokenizer.encode(prompt)]
+      for prompt in options.prompts
+    ]
+  else:
+    checks.positive(**{"generate.num_records": options.num_records})
+    rows = [dataset[i] for i in range(min(options.num_records, len(dataset)))]
+    rows = [row for row in rows if not row["is_padding_example"]]
+    if not rows:
+      checks.fail(
+        "a test record that can be read", num_records=options.num_records
+      )
+    prompts = [row["tokens"].tolist() for row in rows]
+    media = {
+      name: np.stack([row[name] for row in rows])
+      for name in config_lib.MODALITIES
+      if name in rows[0]
+    }
+  return _Given(
+    tokenizer=tokenizer,
+    model=experiment.program.model,
+    params=lora.combine(state.params, experiment.program.frozen()),
+    prompts=prompts,
+    media=media,
+  )
+
+
 _JOBS = {
   config_lib.Job.ACCOUNT: account,
   config_lib.Job.TRAIN: train,
   config_lib.Job.EVALUATE: evaluate,
   config_lib.Job.PREPARE: prepare_data,
+  config_lib.Job.BENCHMARK: benchmark,
+  config_lib.Job.GENERATE: generate_text,
 }
 
 

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from ppnet import config as config_lib
 from ppnet import config_args
 from tests import tiny
 
@@ -18,6 +19,9 @@ def test_every_field_is_known_and_reachable():
   assert {"seed", "privacy.epsilon", "model.image.channels"} <= set(names)
   for name in names:
     holder = tiny.experiment()
+    decoder = holder.model.decoder  # Optional parts, which the tiny one lacks.
+    decoder.rope_scaling = config_lib.RopeScalingConfig()
+    decoder.lora = config_lib.LoraConfig()
     for part in name.split("."):
       holder = getattr(holder, part)
 

@@ -43,6 +43,22 @@ def test_defaults_of_the_tests_are_valid():
     ("data.audio.max_secs", 0.01, "at least one window"),
     ("model.decoder.num_kv_heads", 4, "a multiple of num_kv_heads"),
     ("model.decoder.head_dim", 5, "even"),
+    (
+      "model.decoder.rope_scaling",
+      config_lib.RopeScalingConfig(factor=0.0),
+      "rope_scaling.factor > 0",
+    ),
+    (
+      "model.decoder.rope_scaling",
+      config_lib.RopeScalingConfig(high_freq_factor=1.0),
+      "high_freq_factor > low_freq_factor",
+    ),
+    (
+      "model.decoder.lora",
+      config_lib.LoraConfig(targets=("q_prj",)),
+      r"lora.targets among .*q_prj",
+    ),
+    ("model.decoder.lora", config_lib.LoraConfig(rank=0), "lora.rank > 0"),
     ("model.image.strides", (1, 2), "as many model.image.channels"),
     ("model.audio.frames_per_token", 0, "frames_per_token > 0"),
     ("attention_noise.stddev", -0.1, "attention_noise.stddev >= 0"),

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -14,6 +15,8 @@ import pytest
 from ppnet import config as config_lib
 from ppnet import main
 from ppnet.core import records
+from ppnet.data import text
+from ppnet.models import hf
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -152,6 +155,57 @@ def test_evaluate_repeats_the_run_s_own_numbers(finished):
   for name in ("charged_steps", "guarantee", "seeded"):
     assert evaluation[name] == summary[name]
   assert "seed" in output  # The mark of a run that others can repeat.
+
+
+def test_generate_continues_test_records_of_a_checkpoint(finished):
+  workdir, _ = finished
+  code, output = run(
+    *FLAGS,
+    "--config.job=GENERATE",
+    # These do not make it another experiment.
+    "--config.generate.num_records=3",
+    "--config.generate.max_new_tokens=2",
+    workdir=workdir,
+  )
+  assert code == 0, output
+  rows = records.read_json(workdir / "generations.json")
+  assert len(rows) == 3
+  prompt = tiny.experiment().data.prompt
+  for row in rows:
+    assert row["prompt"].startswith("<image><image>")
+    assert row["prompt"].endswith(prompt)
+    assert 1 <= len(row["tokens"]) <= 2
+    assert repr(row["continuation"]) in output
+
+
+def test_generate_continues_texts_with_published_weights(tmp_path):
+  decoder = config_lib.llama_tiny(vocab_size=96)
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(
+    lambda leaf: rng.normal(size=leaf.shape).astype(np.float32),
+    hf.abstract_shapes(decoder),
+  )
+  hf.save(tmp_path / "llama", decoder, params)
+  text.train_tokenizer(
+    text.public_sentences("Which one?"),
+    vocab_size=90,
+    class_names=[],
+    model_path=tmp_path / "llama" / "tokenizer.model",
+  )
+  config = tiny.experiment(job=config_lib.Job.GENERATE)
+  config.generate = config_lib.GenerateConfig(
+    weights=str(tmp_path / "llama"),
+    prompts=("Which one?", "the digit"),
+    max_prompt_len=16,
+    max_new_tokens=3,
+  )
+  main.run_job(config, tmp_path / "run")
+  rows = records.read_json(tmp_path / "run" / "generations.json")
+  assert [row["prompt"] for row in rows] == ["Which one?", "the digit"]
+  assert all(1 <= len(row["tokens"]) <= 3 for row in rows)
+  config.generate.prompts = ()
+  with pytest.raises(ValueError, match="generate.prompts beside"):
+    main.run_job(config, tmp_path / "run")
 
 
 def test_another_configuration_is_refused_by_field(finished):

@@ -24,7 +24,8 @@ class Stream(enum.IntEnum):
   DP_NOISE = 2
   EVAL_ATTENTION_NOISE = 3
   CLIP_COUNT_NOISE = 4
-  PRIVATE_CUT = 5
+  GENERATE = 5
+  PRIVATE_CUT = 6
 
 
 def root(seed: int) -> Key[Array, ""]:

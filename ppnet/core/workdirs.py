@@ -12,10 +12,10 @@ from typing import Any
 
 from ppnet.core import records
 
-# What may differ between two uses of one folder.
-_NOT_PART_OF_THE_EXPERIMENT = frozenset({"job"})
+# What may differ between two uses of one folder: fields, and groups of fields.
+_NOT_PART_OF_THE_EXPERIMENT = ("job", "generate.")
 # Once one of these is there the run has begun, and its configuration stands.
-_BINDING = ("privacy.json", "summary.json")
+_BINDING = ("privacy.json", "summary.json", "bench.json")
 _VERSIONED = (
   "ppnet",
   "jax",
@@ -68,14 +68,24 @@ def run_name(name: str, overrides: Sequence[str]) -> str:
 
   >>> run_name("quickstart", ["seed=1", "privacy.epsilon=3"])
   'quickstart-privacy.epsilon=3,seed=1'
+  >>> run_name("quickstart", ["job=GENERATE", "generate.top_k=5"])
+  'quickstart'
   """
-  kept = sorted(o for o in overrides if o.split("=")[0] != "job")
+  kept = sorted(o for o in overrides if _is_part(o.split("=")[0]))
   text = "-".join([name, *([",".join(kept)] if kept else [])])
   text = text.replace("/", "_").replace(" ", "_")
   if len(text) <= 120:
     return text
   # Two long lists of overrides must not meet in one folder.
   return f"{text[:100]}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def _is_part(name: str) -> bool:
+  """Whether a field decides what a folder's experiment is."""
+  return not any(
+    name.startswith(other) if other.endswith(".") else name == other
+    for other in _NOT_PART_OF_THE_EXPERIMENT
+  )
 
 
 @contextlib.contextmanager
@@ -132,7 +142,9 @@ def check_same(path: pathlib.Path, config: Mapping[str, Any]) -> None:
       " another --workdir."
     )
   old = records.read_json(recorded)["config"]
-  differing = differences(old, config, ignore=_NOT_PART_OF_THE_EXPERIMENT)
+  names = flatten(old).keys() | flatten(config).keys()
+  ignore = [name for name in names if not _is_part(name)]
+  differing = differences(old, config, ignore=ignore)
   if differing:
     raise WorkdirError(
       f"Expected {path} to belong to this configuration, but these fields"
@@ -141,12 +153,12 @@ def check_same(path: pathlib.Path, config: Mapping[str, Any]) -> None:
     )
 
 
-def provenance() -> dict[str, Any]:
-  """Commit and package versions, for `config.json`."""
+def provenance(*, packages: Sequence[str] = ()) -> dict[str, Any]:
+  """Commit and versions of our dependencies and of further `packages`."""
   return {
     "commit": _commit(),
     "python": platform.python_version(),
-    "versions": {name: _version(name) for name in _VERSIONED},
+    "versions": {name: _version(name) for name in (*_VERSIONED, *packages)},
   }
 
 

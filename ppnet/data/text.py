@@ -1,10 +1,14 @@
-"""Text: a SentencePiece tokenizer made from public sentences only.
+"""Text: SentencePiece tokenizers, one's own and published ones.
 
+One's own (`train_tokenizer`, `Tokenizer`) is made from public sentences only.
 The vocabulary is learnt from sentences that this module writes itself and from
 the prompt in the config, never from records, so the tokenizer reveals nothing
 about them. Special pieces come first: <pad>, <s>, </s>, <unk>, <image>,
 <audio>, then one answer piece per class such as <answer:7>, a spelling that
 ordinary text does not have.
+
+A published one (`PretrainedTokenizer`: Llama, Llama 2, Mistral) keeps all of
+its ids; the special pieces that it lacks come after them.
 
 >>> content = train_tokenizer(
 ...   public_sentences("Which one?"),
@@ -43,6 +47,17 @@ _TEMPLATES = (
 )
 _DIGITS = "0 1 2 3 4 5 6 7 8 9"
 _DIGIT_WORDS = "zero one two three four five six seven eight nine"
+# What a published vocabulary lacks, in the order of the added ids. Append only:
+# a trained embedding's rows are known by these numbers.
+_ADDED = (
+  PAD,
+  *(f"<{name}>" for name in config_lib.MODALITIES),
+  "<user>",
+  "</user>",
+)
+# A part of a prompt: plain text, or (a modality, its number of tokens), or
+# ("user", what the user wrote).
+Part = str | tuple[str, int] | tuple[str, str]
 # What the prompt weighs among the sentences: its pieces become long ones,
 # which makes every sequence shorter.
 _PROMPT_REPEATS = 20
@@ -176,14 +191,9 @@ class Tokenizer:
     """
     self._model = model
     self._class_names = tuple(class_names)
-    self._processor = sentencepiece.SentencePieceProcessor()
-    try:
-      self._processor.LoadFromSerializedProto(model)
-    except RuntimeError as error:
-      raise ValueError(
-        f"Expected a SentencePiece model, got {len(model)} bytes that are none"
-        f" ({error}). Run the PREPARE job again in an empty prepared_dir."
-      ) from error
+    self._processor = _load_model(
+      model, "Run the PREPARE job again in an empty prepared_dir."
+    )
     self.pad_id = self._special_id(PAD)
     self.bos_id = self._special_id(BOS)
     self.eos_id = self._special_id(EOS)
@@ -233,6 +243,152 @@ class Tokenizer:
         class_names=self._class_names,
       )
     return token
+
+
+class PretrainedTokenizer:
+  """A published SentencePiece model, with special pieces after its own.
+
+  Text becomes exactly the ids that the model's own code gives it: its
+  normalisation, its leading space, its byte pieces for unknown characters. No
+  text whatever becomes a special id, added or not, so that a user cannot write
+  the end of their own span. The added ids begin at the model's vocabulary size:
+
+      <pad> <image> <audio> <user> </user>
+
+  Can be pickled.
+
+  Attributes:
+    special_ids: added piece to its id.
+    pad_id: id of the added <pad>.
+    bos_id: id that begins a sequence.
+    eos_id: id that ends one.
+    placeholder_ids: modality to the id whose places its embeddings take.
+  """
+
+  def __init__(self, model: bytes):
+    """Loads a model.
+
+    Args:
+      model: the content of a `tokenizer.model`.
+
+    Raises:
+      ValueError: the bytes are no SentencePiece model, or it has no ids for the
+        beginning and the end of a sequence.
+    """
+    self._model = model
+    self._processor = _load_model(
+      model, "Llama 3's tokenizer is of another kind and is not read."
+    )
+    self._num_pieces = self._processor.vocab_size()
+    self.bos_id = self._processor.bos_id()
+    self.eos_id = self._processor.eos_id()
+    if min(self.bos_id, self.eos_id) < 0:
+      checks.fail(
+        "a model with ids for <s> and </s>",
+        bos_id=self.bos_id,
+        eos_id=self.eos_id,
+      )
+    self.special_ids = {
+      piece: self._num_pieces + place for place, piece in enumerate(_ADDED)
+    }
+    self.pad_id = self.special_ids[PAD]
+    self.placeholder_ids = {
+      name: self.special_ids[placeholder_piece(name)]
+      for name in config_lib.MODALITIES
+    }
+    self._spelling = {token: piece for piece, token in self.special_ids.items()}
+
+  @classmethod
+  def load(cls, path: str | os.PathLike[str]) -> "PretrainedTokenizer":
+    """Reads the model at `path`."""
+    return cls(pathlib.Path(path).read_bytes())
+
+  def __reduce__(self):
+    return (PretrainedTokenizer, (self._model,))
+
+  @property
+  def vocab_size(self) -> int:
+    """Number of pieces, added ones included; every id is below it."""
+    return self._num_pieces + len(_ADDED)
+
+  def encode(
+    self, text: str, *, bos: bool = False, eos: bool = False
+  ) -> list[int]:
+    """Returns the ids of a text, between <s> and </s> if asked for."""
+    ids = self._processor.encode(text)
+    return [self.bos_id] * bos + ids + [self.eos_id] * eos
+
+  def encode_parts(
+    self, parts: Iterable[Part], *, bos: bool = True
+  ) -> list[int]:
+    """Returns the ids of a prompt of several parts.
+
+    >>> from ppnet.data import text  # doctest: +SKIP
+    >>> tokenizer.encode_parts(  # doctest: +SKIP
+    ...   [("image", 16), ("user", "What is it?"), "It is"])
+
+    Args:
+      parts: each is plain text; or a modality and its number of tokens; or
+        "user" and what the user wrote, which is put between <user> and </user>.
+      bos: whether the prompt begins with <s>.
+
+    Raises:
+      ValueError: a part of another kind.
+    """
+    ids = [self.bos_id] * bos
+    for part in parts:
+      match part:
+        case str():
+          ids += self.encode(part)
+        case ("user", str() as written):
+          ids.append(self.special_ids["<user>"])
+          ids += self.encode(written)
+          ids.append(self.special_ids["</user>"])
+        case (str() as name, int() as count) if name in self.placeholder_ids:
+          ids += [self.placeholder_ids[name]] * count
+        case _:
+          checks.fail(
+            f"text, ('user', text), or one of {config_lib.MODALITIES} and a"
+            " number of tokens",
+            part=part,
+          )
+    return ids
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """Returns the text; added pieces by their spelling, <s> and </s> left out.
+
+    Raises:
+      ValueError: an id that is not below `vocab_size`.
+    """
+    out, run = [], []
+    for token in map(int, ids):
+      if not 0 <= token < self.vocab_size:
+        checks.fail(f"ids below vocab_size={self.vocab_size}", id=token)
+      if token in self._spelling:
+        out += [self._processor.decode(run), self._spelling[token]]
+        run = []
+      else:
+        run.append(token)
+    return "".join([*out, self._processor.decode(run)])
+
+  def pieces(self, text: str) -> list[str]:
+    """Returns how a text is cut; an unknown character stands for itself."""
+    return self._processor.encode(text, out_type=str)
+
+
+def _load_model(
+  model: bytes, remedy: str
+) -> sentencepiece.SentencePieceProcessor:
+  """Loads a serialised model; raises `ValueError` if it is none."""
+  processor = sentencepiece.SentencePieceProcessor()
+  try:
+    processor.LoadFromSerializedProto(model)
+  except RuntimeError as error:
+    raise ValueError(
+      f"Expected a SentencePiece model, got {len(model)} bytes that are none"
+      f" ({error}). {remedy}"
+    ) from error
+  return processor
 
 
 def _rebuild(model: bytes, class_names: tuple[str, ...]) -> Tokenizer:

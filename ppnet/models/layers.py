@@ -5,9 +5,14 @@ from typing import cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
+from ppnet import config as config_lib
 from ppnet.core import param_ops
+
+# Gaussian, as in Hu et al. 2021, section 4.1; its output has the input's scale.
+LORA_A_INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
 
 def _path(module: nn.Module, name: str) -> str:
@@ -31,17 +36,22 @@ def _param(
 class Dense(nn.Module):
   """x @ kernel, without bias, as everywhere in Llama.
 
+  With an adapter: x @ kernel + (alpha / rank) x @ lora_a @ lora_b, where lora_b
+  begins at zero (Hu et al. 2021, eq. 3, https://arxiv.org/abs/2106.09685).
+
   Attributes:
     features: O, size of the output.
     axes: logical axes of the kernel [I, O].
     ops: implementation of the parametrised operations.
     init_scale: variance of the initial kernel times the input size.
+    lora: shape of the adapter, or None.
   """
 
   features: int
   axes: tuple[str | None, str | None]
   ops: param_ops.ParamOps
   init_scale: float = 1.0
+  lora: config_lib.LoraConfig | None = None
 
   @nn.compact
   def __call__(self, x: Float[Array, "*b I"]) -> Float[Array, "*b O"]:
@@ -53,7 +63,29 @@ class Dense(nn.Module):
       shape=(x.shape[-1], self.features),
       axes=self.axes,
     )
-    return self.ops.dense(_path(self, "kernel"), kernel.astype(x.dtype), x)
+    out = self.ops.dense(_path(self, "kernel"), kernel.astype(x.dtype), x)
+    if self.lora is None:
+      return out
+    rank = self.lora.rank
+    lora_a = _param(
+      self,
+      "lora_a",
+      LORA_A_INIT,
+      shape=(x.shape[-1], rank),
+      axes=(self.axes[0], None),
+    )
+    lora_b = _param(
+      self,
+      "lora_b",
+      nn.initializers.zeros,
+      shape=(rank, self.features),
+      axes=(None, self.axes[1]),
+    )
+    low = self.ops.dense(_path(self, "lora_a"), lora_a.astype(x.dtype), x)
+    low = low * (self.lora.alpha / rank)  # Where it is smallest.
+    return out + self.ops.dense(
+      _path(self, "lora_b"), lora_b.astype(x.dtype), low
+    )
 
 
 class RMSNorm(nn.Module):
@@ -144,20 +176,44 @@ class Conv(nn.Module):
     return self.ops.bias(_path(self, "bias"), bias.astype(x.dtype), out)
 
 
+def rotary_frequencies(
+  head_dim: int,
+  *,
+  theta: float,
+  scaling: config_lib.RopeScalingConfig | None = None,
+) -> np.ndarray:
+  """Angle per position of each feature pair, theta**(-2i/H), f32[H/2].
+
+  Su et al. 2021, eq. 15, https://arxiv.org/abs/2104.09864; `scaling` as in
+  `RopeScalingConfig`. Constants, so NumPy computes them, in float64: at
+  position p an error of a frequency counts p times.
+
+  >>> rotary_frequencies(4, theta=100.0)
+  array([1. , 0.1], dtype=float32)
+  """
+  frequency = theta ** (-np.arange(head_dim // 2) * 2 / head_dim)
+  if scaling is not None:
+    turns = scaling.original_max_seq_len * frequency / (2 * np.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = np.clip((turns - low) / (high - low), 0, 1)
+    frequency = frequency * (kept + (1 - kept) / scaling.factor)
+  return frequency.astype(np.float32)
+
+
 def rotary_embedding(
   x: Float[Array, "B T N H"],
   positions: Int[Array, "#B T"],
   *,
   theta: float,
+  scaling: config_lib.RopeScalingConfig | None = None,
 ) -> Float[Array, "B T N H"]:
-  """Turns feature pairs (i, i + H/2) by position * theta**(-2i/H).
+  """Turns feature pairs (i, i + H/2) by position times their frequency.
 
-  Su et al. 2021, eq. 15, https://arxiv.org/abs/2104.09864, in the half-split
+  Su et al. 2021, eq. 34, https://arxiv.org/abs/2104.09864, in the half-split
   layout of the published Llama weights. Angles are float32: bfloat16 rounds
   position 257 to 256, and their sines differ by far more than an ulp.
   """
-  half = x.shape[-1] // 2
-  frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  frequency = rotary_frequencies(x.shape[-1], theta=theta, scaling=scaling)
   angle = positions.astype(jnp.float32)[..., None] * frequency.reshape(1, 1, -1)
   sin, cos = jnp.sin(angle)[:, :, None], jnp.cos(angle)[:, :, None]
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

@@ -16,6 +16,8 @@ does not grow with depth. Attention goes through the noisy attention op.
 """
 
 import dataclasses
+import functools
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -24,8 +26,54 @@ from jaxtyping import Array, Float, Int, Key
 
 from ppnet import config as config_lib
 from ppnet.core import checks, param_ops
-from ppnet.kernels import noisy_attention
+from ppnet.kernels import noisy_attention, reference
 from ppnet.models import layers, private_cut
+
+Leaf = Any
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass, data_fields=["k", "v"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KVCache:
+  """Keys and values of the tokens so far; slot s holds position s.
+
+  A slot above a query's position is never read, whatever it holds.
+
+  Attributes:
+    k: turned keys, [L, B, S, K, H]; one layer's are [B, S, K, H].
+    v: values, likewise.
+  """
+
+  k: Leaf
+  v: Leaf
+
+  @property
+  def num_slots(self) -> int:
+    """S."""
+    return self.k.shape[-3]
+
+  def insert(
+    self, fresh: "KVCache", positions: Int[Array, "#B T"]
+  ) -> "KVCache":
+    """One layer's cache with fresh tokens [B, T, K, H] in their slots."""
+    batch, num_tokens = fresh.k.shape[:2]
+    rows = jnp.arange(batch)[:, None]
+    slots = jnp.broadcast_to(positions, (batch, num_tokens))
+    return jax.tree.map(
+      lambda old, new: old.at[rows, slots].set(new), self, fresh
+    )
+
+
+def empty_cache(config: config_lib.LlamaConfig, *, batch_size: int) -> KVCache:
+  """A cache without slots: what a prompt begins with."""
+  heads = (config.num_kv_heads, config.head_dim)
+  nothing = jnp.zeros(
+    (config.num_layers, batch_size, 0, *heads),
+    jnp.dtype(config.compute_dtype.value),
+  )
+  return KVCache(k=nothing, v=nothing)
 
 
 class Attention(nn.Module):
@@ -42,32 +90,67 @@ class Attention(nn.Module):
     noise: noisy_attention.AttentionNoise | None,
     positions: Int[Array, "#B T"],
     segment_ids: Int[Array, "B T"] | None,
-  ) -> Float[Array, "B T D"]:
-    """Attends within each row."""
+    cache: KVCache | None,
+  ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+    """Attends within each row, and to what its cache holds.
+
+    Returns:
+      The output; and, where there is a cache, the fresh keys and values.
+    """
     cfg = self.config
+    projection = functools.partial(_projection, cfg, self.ops)
 
     def project(name: str, num_heads: int, axis: str) -> Array:
-      out = layers.Dense(
-        num_heads * cfg.head_dim, ("embed", axis), self.ops, name=name
-      )(x)
+      out = projection(name, num_heads * cfg.head_dim, ("embed", axis))(x)
       return out.reshape(*x.shape[:2], num_heads, cfg.head_dim)
 
-    q = project("q_proj", cfg.num_heads, "q_heads")
-    k = project("k_proj", cfg.num_kv_heads, "kv_heads")
-    v = project("v_proj", cfg.num_kv_heads, "kv_heads")
-    q = layers.rotary_embedding(q, positions, theta=cfg.rope_theta)
-    k = layers.rotary_embedding(k, positions, theta=cfg.rope_theta)
-    out = noisy_attention.noisy_attention(
-      q,
-      k,
-      v,
-      noise=noise,
-      segment_ids=segment_ids,
-      implementation=cfg.attention,
+    rotate = functools.partial(
+      layers.rotary_embedding,
+      positions=positions,
+      theta=cfg.rope_theta,
+      scaling=cfg.rope_scaling,
     )
-    return layers.Dense(
-      cfg.embed_dim, ("q_heads", "embed"), self.ops, name="o_proj"
-    )(out.reshape(*x.shape[:2], -1))
+    q = rotate(project("q_proj", cfg.num_heads, "q_heads"))
+    k = rotate(project("k_proj", cfg.num_kv_heads, "kv_heads"))
+    v = project("v_proj", cfg.num_kv_heads, "kv_heads")
+    if cache is None or not cache.num_slots:
+      out = noisy_attention.noisy_attention(
+        q,
+        k,
+        v,
+        noise=noise,
+        segment_ids=segment_ids,
+        implementation=cfg.attention,
+      )
+    else:
+      known = cache.insert(KVCache(k=k, v=v), positions)
+      slot = jnp.arange(cache.num_slots).reshape(1, 1, -1)
+      out = reference.attention(
+        q,
+        known.k,
+        known.v,
+        mask=slot <= positions[:, :, None],
+        score_noise=None,
+        weight_noise=None,
+      )
+    out = projection("o_proj", cfg.embed_dim, ("q_heads", "embed"))(
+      out.reshape(*x.shape[:2], -1)
+    )
+    return out, None if cache is None else KVCache(k=k, v=v)
+
+
+def _projection(
+  config: config_lib.LlamaConfig,
+  ops: param_ops.ParamOps,
+  name: str,
+  features: int,
+  axes: tuple[str, str],
+) -> layers.Dense:
+  """A projection of the layer, with its adapter where it is to have one."""
+  lora = config.lora
+  if lora is not None and name not in lora.targets:
+    lora = None
+  return layers.Dense(features, axes, ops, lora=lora, name=name)
 
 
 class FeedForward(nn.Module):
@@ -82,12 +165,13 @@ class FeedForward(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """Applies the block to each token."""
-    width = self.config.mlp_dim
-    gate = layers.Dense(width, ("embed", "mlp"), self.ops, name="gate_proj")(x)
-    up = layers.Dense(width, ("embed", "mlp"), self.ops, name="up_proj")(x)
-    return layers.Dense(
-      self.config.embed_dim, ("mlp", "embed"), self.ops, name="down_proj"
-    )(nn.silu(gate) * up)
+    width, outside = self.config.mlp_dim, self.config.embed_dim
+    projection = functools.partial(_projection, self.config, self.ops)
+    gate = projection("gate_proj", width, ("embed", "mlp"))(x)
+    up = projection("up_proj", width, ("embed", "mlp"))(x)
+    return projection("down_proj", outside, ("mlp", "embed"))(
+      nn.silu(gate) * up
+    )
 
 
 class DecoderLayer(nn.Module):
@@ -106,7 +190,8 @@ class DecoderLayer(nn.Module):
     cut_noise: Float[Array, "B T D"] | None,
     positions: Int[Array, "#B T"],
     segment_ids: Int[Array, "B T"] | None,
-  ) -> tuple[Float[Array, "B T D"], None]:
+    cache: KVCache | None,
+  ) -> tuple[Float[Array, "B T D"], KVCache | None]:
     """Adds attention and feed-forward to the residual stream."""
     if self.cut is not None and cut_noise is not None:
       # All that this layer and the later ones compute, they compute from x.
@@ -115,16 +200,18 @@ class DecoderLayer(nn.Module):
     if noise is not None:
       noise = _of_layer(noise, layer, self.config.noise_layers)
     eps = self.config.rms_norm_eps
-    x = x + Attention(self.config, self.ops, name="attention")(
+    attended, fresh = Attention(self.config, self.ops, name="attention")(
       layers.RMSNorm(eps, self.ops, name="attention_norm")(x),
       noise=noise,
       positions=positions,
       segment_ids=segment_ids,
+      cache=cache,
     )
+    x = x + attended
     x = x + FeedForward(self.config, self.ops, name="mlp")(
       layers.RMSNorm(eps, self.ops, name="mlp_norm")(x)
     )
-    return x, None
+    return x, fresh
 
 
 def _of_layer(
@@ -175,7 +262,7 @@ class Llama(nn.Module):
       layer,
       variable_axes={"params": 0},
       split_rngs={"params": True},
-      in_axes=(0, *[nn.broadcast] * 4),
+      in_axes=(0, *[nn.broadcast] * 4, 0),
       length=cfg.num_layers,
       metadata_params={nn.PARTITION_NAME: "layers"},
     )(cfg, self.ops, self.cut)
@@ -208,7 +295,8 @@ class Llama(nn.Module):
       noise: attention noise; each layer folds its number into the key.
       cut_keys: one secret key per example, where there is a private cut.
       positions: rotary positions, 0..T-1 by default.
-      segment_ids: tokens attend only within their segment.
+      segment_ids: tokens attend only within their segment. Padding is a segment
+        of its own, left or right of the tokens.
 
     Raises:
       ValueError: more tokens than `max_seq_len`, or a private cut without
@@ -234,17 +322,69 @@ class Llama(nn.Module):
       # Once, before the layers' loop: it stands for one draw.
       shape = (num_tokens, self.config.embed_dim)
       cut_noise = private_cut.draw(cut_keys, shape, cut=self.cut)
-    x, _ = self.layers(
+    x, _ = self._through_layers(
       x,
-      jnp.arange(self.config.num_layers),
-      noise,
-      cut_noise,
-      positions,
-      segment_ids,
+      noise=noise,
+      cut_noise=cut_noise,
+      positions=positions,
+      segment_ids=segment_ids,
     )
+    return self.logits(x)
+
+  def extend(
+    self,
+    embeddings: Float[Array, "B T D"],
+    *,
+    positions: Int[Array, "#B T"],
+    cache: KVCache,
+  ) -> tuple[Float[Array, "B T D"], KVCache]:
+    """Runs further tokens of sequences whose past the cache holds.
+
+    Args:
+      embeddings: of the further tokens.
+      positions: their positions; those of a prompt are 0..T-1.
+      cache: the past; `empty_cache` before a prompt, whose tokens attend to
+        each other. Later tokens must have slots of their own in it.
+
+    Returns:
+      What `logits` takes; and the keys and values [L, B, T, K, H] of the
+      further tokens alone, for the caller to put into the cache.
+
+    Raises:
+      ValueError: there is a private cut, which needs the whole input at once.
+    """
+    if self.cut is not None:
+      checks.fail(
+        "a model without a private cut, where a sequence is made in pieces",
+        "Set model.private_cut.layer to none; outputs are then not private.",
+        layer=self.cut.layer,
+      )
+    x, fresh = self._through_layers(
+      embeddings, positions=positions, cache=cache
+    )
+    return x, cast(KVCache, fresh)
+
+  def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    """Logits of the next token from the last layer's output, float32."""
     x = self.final_norm(x)
     if self.config.tie_embeddings:
       logits = self.token_embed.attend(x)
     else:
       logits = self.lm_head(x)
     return logits.astype(jnp.float32)
+
+  def _through_layers(
+    self,
+    x: Float[Array, "B T D"],
+    *,
+    positions: Int[Array, "#B T"],
+    noise: noisy_attention.AttentionNoise | None = None,
+    cut_noise: Float[Array, "B T D"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    cache: KVCache | None = None,
+  ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+    """Scans the layers."""
+    numbers = jnp.arange(self.config.num_layers)
+    return self.layers(
+      x, numbers, noise, cut_noise, positions, segment_ids, cache
+    )

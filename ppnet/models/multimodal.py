@@ -73,6 +73,8 @@ class PPNet(nn.Module):
     media: Mapping[str, Array],
     noise: noisy_attention.AttentionNoise | None = None,
     cut_keys: Key[Array, " B"] | None = None,
+    positions: Int[Array, "#B T"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
   ) -> Float[Array, "B T V"]:
     """Logits of the next token at every position, float32.
 
@@ -82,7 +84,22 @@ class PPNet(nn.Module):
         lacks is left out, and costs nothing.
       noise: attention noise, or None.
       cut_keys: one secret key per example, where there is a private cut.
+      positions: as for `llama.Llama`.
+      segment_ids: as for `llama.Llama`.
     """
+    return self.decoder(
+      tokens,
+      embeddings=self.embed(tokens, media),
+      noise=noise,
+      cut_keys=cut_keys,
+      positions=positions,
+      segment_ids=segment_ids,
+    )
+
+  def embed(
+    self, tokens: Int[Array, "B T"], media: Mapping[str, Array]
+  ) -> Float[Array, "B T D"]:
+    """Embeddings of tokens, pictures and sounds in the placeholders' places."""
     embeddings = self.decoder.embed(tokens)
     for name, values in media.items():
       embeddings = merge_span(
@@ -91,6 +108,22 @@ class PPNet(nn.Module):
         placeholder=self.placeholder_ids[name],
         span=self.stems[name](values.astype(embeddings.dtype)),
       )
-    return self.decoder(
-      tokens, embeddings=embeddings, noise=noise, cut_keys=cut_keys
-    )
+    return embeddings
+
+  def extend(
+    self,
+    embeddings: Float[Array, "B T D"],
+    *,
+    positions: Int[Array, "#B T"],
+    cache: llama.KVCache,
+  ) -> tuple[Float[Array, "B T D"], llama.KVCache]:
+    """See `llama.Llama.extend`."""
+    return self.decoder.extend(embeddings, positions=positions, cache=cache)
+
+  def embed_tokens(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Embeddings of tokens that are no placeholders."""
+    return self.decoder.embed(tokens)
+
+  def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    """See `llama.Llama.logits`."""
+    return self.decoder.logits(x)

@@ -60,6 +60,8 @@ def predict(
 ) -> Float[Array, "B T V"]:
   """Logits of a batch from the pipeline; absent modalities are left out.
 
+  A packed batch has "positions" and "segment_ids" [B, T] (`data.packing`).
+
   `batch["cut_key"]`, where it is there, holds the keys of the private cut. Two
   predictions of one batch share its draw: one noisy state, released once.
   """
@@ -72,6 +74,8 @@ def predict(
     media=media(batch),
     noise=noise,
     cut_keys=cut_keys,
+    positions=batch.get("positions"),
+    segment_ids=batch.get("segment_ids"),
   )
   assert isinstance(logits, jax.Array)  # Linen declares a union.
   return logits

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from ppnet import config as config_lib
 from ppnet.core import checks, prng, trees
-from ppnet.models import multimodal, private_cut
+from ppnet.models import hf, lora, multimodal, private_cut
 from ppnet.privacy import engine_choice, input_privacy
 from ppnet.privacy import mechanism as mechanism_lib
 from ppnet.sharding import mesh as mesh_lib
@@ -23,6 +23,11 @@ from ppnet.sharding import rules as rules_lib
 from ppnet.train import losses, optimizer
 from ppnet.train import state as state_lib
 from ppnet.train import step as step_lib
+
+# Of a parameter's name; None where all are trained.
+IsTrained = Callable[[str], bool] | None
+
+_FROZEN_DTYPE = jnp.bfloat16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +47,8 @@ class Program:
     accumulate: see `step.accumulate`; the running sum is donated.
     update: see `step.update`; the state is donated.
     evaluate: see `step.evaluate`.
+    frozen: () -> the parameters that are not trained, computed or read once;
+      `models.lora.combine` puts them and the trained ones together.
     cut_keys: fresh keys of the private cut for a batch; None without one.
   """
 
@@ -57,6 +64,7 @@ class Program:
   accumulate: Any
   update: Any
   evaluate: Any
+  frozen: Any
   cut_keys: Any = None
 
   @property
@@ -98,7 +106,8 @@ def build(
     devices: all of this job's devices when None.
 
   Raises:
-    ValueError: the mesh or the microbatch does not fit the devices.
+    ValueError: the mesh or the microbatch does not fit the devices, no
+      parameter would be trained, or the decoder's weights are another model's.
   """
   mesh = mesh_lib.build(config.mesh, devices)
   rules = rules_lib.Rules()
@@ -110,24 +119,21 @@ def build(
       f"Use {-(-config.perf.microbatch_size // ways) * ways}.",
       **{"perf.microbatch_size": config.perf.microbatch_size},
     )
-  cut = config.model.private_cut
-  model = multimodal.PPNet(
-    config.model, dict(placeholder_ids), cut=_private_cut(cut)
-  )
+  model = _model(config.model, placeholder_ids)
   tx = optimizer.build(config.optimizer, config.train.num_steps)
   root_key = jax.device_put(prng.root(config.seed), rules_lib.replicated(mesh))
+  is_trained = lora.trained_names(config)
   init_fn = functools.partial(
     _init,
     model=model,
     tx=tx,
     example=example,
     clip_norm=mechanism.initial_clip_norm,
+    is_trained=is_trained,
   )
-  shardings = _state_shardings(model, tx, example, mesh=mesh, rules=rules)
-  if mechanism.initial_clip_norm is not None:
-    shardings = dataclasses.replace(
-      shardings, clip_norm=rules_lib.replicated(mesh)
-    )
+  shardings, frozen_shardings = _shardings(
+    model, tx, example, mesh, rules, mechanism, is_trained=is_trained
+  )
   abstract_state = jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(
       leaf.shape, leaf.dtype, sharding=sharding
@@ -140,24 +146,25 @@ def build(
     total=shardings.params, num_units=replicated, count=replicated
   )
   loss_fn = losses.make_loss_fn(model, config.attention_noise)
-  clipped_grad_fn = mechanism.clipped_grad_fn(
-    loss_fn,
-    has_aux=True,
-    params=abstract_state.params,
-    num_stacked_axes=_num_stacked_axes(model, example),
+  clipped_grad_of = _clipped_grad_of(
+    mechanism, model, example, abstract_state.params, is_trained=is_trained
   )
+  frozen_fn = functools.partial(
+    _init_frozen, root_key, model=model, example=example, is_trained=is_trained
+  )
+  num_rows = config.perf.microbatch_size * mechanism.rows_per_unit
   # Shardings of inputs travel with the arrays; outputs are pinned, so that no
   # step can change where the state lives.
-  return Program(
+  program = Program(
     mesh=mesh,
     rules=rules,
     model=model,
-    engine=clipped_grad_fn.engine_choice(
+    engine=_engine(
+      lambda frozen: clipped_grad_of(lora.with_frozen(loss_fn, frozen)),
       abstract_state.params,
+      jax.eval_shape(frozen_fn),
       _abstract_batch(
-        example,
-        num_rows=config.perf.microbatch_size * mechanism.rows_per_unit,
-        has_cut=cut.layer is not None,
+        example, num_rows=num_rows, has_cut=model.cut is not None
       ),
     ),
     mechanism=mechanism,
@@ -166,7 +173,9 @@ def build(
     init=jax.jit(functools.partial(init_fn, root_key), out_shardings=shardings),
     init_grad_sum=jax.jit(step_lib.init_grad_sum, out_shardings=sum_sharding),
     accumulate=jax.jit(
-      functools.partial(step_lib.accumulate, clipped_grad_fn=clipped_grad_fn),
+      functools.partial(
+        _accumulate, loss_fn=loss_fn, clipped_grad_of=clipped_grad_of
+      ),
       donate_argnames="grad_sum",
       out_shardings=(sum_sharding, None),
     ),
@@ -184,11 +193,136 @@ def build(
     ),
     evaluate=jax.jit(
       functools.partial(
-        step_lib.evaluate, model=model, noise_config=config.attention_noise
+        _evaluate, model=model, noise_config=config.attention_noise
       )
     ),
-    cut_keys=None if cut.layer is None else _cut_keys(cut, mesh),
+    frozen=lambda: {},
+    cut_keys=_cut_keys(config.model.private_cut, mesh),
   )
+  if is_trained is None and not config.model.decoder_weights:
+    return program
+  return _with_frozen(program, config, frozen_fn, frozen_shardings)
+
+
+def _with_frozen(
+  program: Program,
+  config: config_lib.ExperimentConfig,
+  frozen_fn: Callable[[], Any],
+  frozen_shardings: Any,
+) -> Program:
+  """Hands the steps what is not trained, and begins from weights on disk."""
+  frozen = jax.jit(frozen_fn, out_shardings=frozen_shardings)
+  begin_with = functools.partial(_from_disk, config.model)
+  if config.model.decoder_weights:
+    _check_same_decoder(config.model)  # Now, and not after an hour of waiting.
+
+  def init():
+    state = program.init()
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state.params)
+    params = begin_with(state.params, shardings, dtype=jnp.float32)
+    return dataclasses.replace(state, params=params)
+
+  @functools.cache
+  def all_frozen():
+    # Once, and before the first step: what the guard forbids is a stall.
+    with jax.transfer_guard("allow"):
+      return begin_with(frozen(), frozen_shardings, dtype=_FROZEN_DTYPE)
+
+  def accumulate(*args):
+    return program.accumulate(*args, frozen=all_frozen())
+
+  def evaluate(*args):
+    return program.evaluate(*args, frozen=all_frozen())
+
+  return dataclasses.replace(
+    program,
+    init=init,
+    accumulate=accumulate,
+    evaluate=evaluate,
+    frozen=all_frozen,
+  )
+
+
+def _accumulate(
+  grad_sum: step_lib.GradSum,
+  params: Any,
+  microbatch: losses.Batch,
+  root_key: jax.Array,
+  step: jax.Array,
+  clip_norm: jax.Array | None = None,
+  frozen: Any = None,
+  *,
+  loss_fn: losses.LossFn,
+  clipped_grad_of: Callable[[losses.LossFn], Any],
+) -> tuple[step_lib.GradSum, step_lib.PerExample]:
+  """`step.accumulate`; frozen parameters are constants of the loss."""
+  loss_fn = lora.with_frozen(loss_fn, frozen or {})
+  return step_lib.accumulate(
+    grad_sum,
+    params,
+    microbatch,
+    root_key,
+    step,
+    clip_norm,
+    clipped_grad_fn=clipped_grad_of(loss_fn),
+  )
+
+
+def _evaluate(
+  params: Any,
+  batch: losses.Batch,
+  root_key: jax.Array,
+  frozen: Any = None,
+  *,
+  model: multimodal.PPNet,
+  noise_config: config_lib.AttentionNoiseConfig,
+) -> tuple[jax.Array, jax.Array]:
+  """`step.evaluate` of trained and frozen parameters together."""
+  return step_lib.evaluate(
+    lora.combine(params, frozen or {}),
+    batch,
+    root_key,
+    model=model,
+    noise_config=noise_config,
+  )
+
+
+def _check_same_decoder(config: config_lib.ModelConfig) -> None:
+  """Raises, naming the fields, unless the weights are of this decoder."""
+  stored = hf.read_config(config.decoder_weights)
+  free = ("lora", "remat", "compute_dtype", "max_seq_len")
+  names = [field.name for field in dataclasses.fields(stored)]
+  pairs = {
+    name: (getattr(stored, name), getattr(config.decoder, name))
+    for name in names
+    if name not in free
+  }
+  wrong = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+  if wrong:
+    checks.fail(
+      f"model.decoder to be the one of {config.decoder_weights}",
+      "Set these fields (stored, configured), or leave decoder_weights empty.",
+      **wrong,
+    )
+
+
+def _from_disk(
+  config: config_lib.ModelConfig, params: Any, shardings: Any, *, dtype: Any
+) -> Any:
+  """Parameters with the decoder's stored ones in their places."""
+  if not config.decoder_weights or not params.get("decoder"):
+    return params
+  _, stored = hf.load(config.decoder_weights, dtype=dtype)
+  stored = {"decoder": stored}
+
+  def replaced(path, leaf, sharding):
+    names = [entry.key for entry in path]
+    if lora.is_adapter(names[-1]) or names[0] != "decoder":
+      return leaf
+    value = functools.reduce(lambda node, name: node[name], names, stored)
+    return jax.device_put(value, sharding)
+
+  return jax.tree_util.tree_map_with_path(replaced, params, shardings)
 
 
 def _abstract_batch(
@@ -213,22 +347,28 @@ def _abstract_batch(
   )
 
 
-def _private_cut(
-  config: config_lib.PrivateCutConfig,
-) -> private_cut.PrivateCut | None:
-  """The model's part of what the record claims."""
-  if config.layer is None:
-    return None
-  claim = input_privacy.claim(config)
-  return private_cut.PrivateCut(
-    layer=claim["layer"],
-    l2_clip_norm=claim["l2_clip_norm"],
-    noise_stddev=claim["noise_stddev"],
-  )
+def _model(
+  config: config_lib.ModelConfig, placeholder_ids: Mapping[str, int]
+) -> multimodal.PPNet:
+  """The network, with the private cut that the record claims."""
+  cut = None
+  if config.private_cut.layer is not None:
+    claim = input_privacy.claim(config.private_cut)
+    cut = private_cut.PrivateCut(
+      layer=claim["layer"],
+      l2_clip_norm=claim["l2_clip_norm"],
+      noise_stddev=claim["noise_stddev"],
+    )
+  return multimodal.PPNet(config, dict(placeholder_ids), cut=cut)
 
 
 def _cut_keys(config: config_lib.PrivateCutConfig, mesh: Mesh) -> Any:
-  """A function of a batch's records and views; each call draws anew."""
+  """A function of a batch's records and views, or None without a cut.
+
+  Each call draws anew.
+  """
+  if config.layer is None:
+    return None
   replicated = rules_lib.replicated(mesh)
   root_key = jax.device_put(
     prng.root(input_privacy.noise_root_entropy(config)), replicated
@@ -255,14 +395,53 @@ def _init(
   tx: optax.GradientTransformation,
   example: Mapping[str, np.ndarray],
   clip_norm: float | None,
+  is_trained: IsTrained,
 ) -> state_lib.TrainState:
   """Initial parameters and optimizer state; a function of the key alone."""
   params = nn.meta.unbox(_boxed_params(root_key, model=model, example=example))
+  params, _ = _split(params, is_trained)
   return state_lib.TrainState(
     step=np.int32(0),
     params=params,
     opt_state=tx.init(params),
     clip_norm=None if clip_norm is None else np.float32(clip_norm),
+  )
+
+
+def _engine(
+  clipped_grad_of_frozen: Callable[[Any], Any],
+  params: Any,
+  frozen: Any,
+  batch: Any,
+) -> engine_choice.Choice | None:
+  """The engine for these shapes; what is refused is refused here."""
+  choices = []
+
+  def trace(frozen):  # Shapes of constants exist in a trace alone.
+    grad_fn = clipped_grad_of_frozen(frozen)
+    choices.append(grad_fn.engine_choice(params, batch))
+
+  jax.eval_shape(trace, frozen)
+  return choices[0]
+
+
+def _clipped_grad_of(
+  mechanism: mechanism_lib.Mechanism,
+  model: multimodal.PPNet,
+  example: Mapping[str, np.ndarray],
+  params: Any,
+  *,
+  is_trained: IsTrained,
+) -> Callable[[losses.LossFn], Any]:
+  """From a loss of the trained parameters to its clipped gradients."""
+  num_stacked_axes = _num_stacked_axes(model, example)
+  if is_trained is not None:
+    num_stacked_axes, _ = lora.partition(num_stacked_axes, is_trained)
+  return functools.partial(
+    mechanism.clipped_grad_fn,
+    has_aux=True,
+    params=params,
+    num_stacked_axes=num_stacked_axes,
   )
 
 
@@ -279,6 +458,25 @@ def _num_stacked_axes(
     boxed,
     is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata),
   )
+
+
+def _init_frozen(
+  root_key: jax.Array,
+  *,
+  model: multimodal.PPNet,
+  example: Mapping[str, np.ndarray],
+  is_trained: IsTrained,
+) -> Any:
+  """The other parameters, as the same key gives them."""
+  params = nn.meta.unbox(_boxed_params(root_key, model=model, example=example))
+  return _split(params, is_trained)[1]
+
+
+def _split(params: Any, is_trained: IsTrained) -> tuple[Any, Any]:
+  """(trained, frozen); all are trained where `is_trained` is None."""
+  if is_trained is None:
+    return params, {}
+  return lora.partition(params, is_trained, frozen_dtype=_FROZEN_DTYPE)
 
 
 def _boxed_params(
@@ -300,28 +498,38 @@ def _boxed_params(
   return variables["params"]
 
 
-def _state_shardings(
+def _shardings(
   model: multimodal.PPNet,
   tx: optax.GradientTransformation,
   example: Mapping[str, np.ndarray],
-  *,
   mesh: Mesh,
   rules: rules_lib.Rules,
-) -> state_lib.TrainState:
-  """One sharding per leaf of the train state."""
+  mechanism: mechanism_lib.Mechanism,
+  *,
+  is_trained: IsTrained,
+) -> tuple[state_lib.TrainState, Any]:
+  """One sharding per leaf of the train state, and of what is frozen."""
   boxed = jax.eval_shape(
     functools.partial(_boxed_params, model=model, example=example),
     jax.eval_shape(lambda: prng.root(0)),
   )
-  params = rules.param_shardings(mesh, boxed)
+  everything = rules.param_shardings(mesh, boxed)
+  params, frozen = everything, {}
+  if is_trained is not None:
+    params, frozen = lora.partition(everything, is_trained)
   replicated = rules_lib.replicated(mesh)
   opt_state = optax.tree.map_params(
     tx.init,
     lambda _, sharding: sharding,
-    jax.eval_shape(tx.init, nn.meta.unbox(boxed)),
+    jax.eval_shape(tx.init, _split(nn.meta.unbox(boxed), is_trained)[0]),
     params,
     transform_non_params=lambda _: replicated,
   )
-  return state_lib.TrainState(
-    step=replicated, params=params, opt_state=opt_state
+  has_clip_norm = mechanism.initial_clip_norm is not None
+  state = state_lib.TrainState(
+    step=replicated,
+    params=params,
+    opt_state=opt_state,
+    clip_norm=replicated if has_clip_norm else None,
   )
+  return state, frozen

@@ -42,7 +42,8 @@ def test_stream_numbers_are_append_only():
     "DP_NOISE": 2,
     "EVAL_ATTENTION_NOISE": 3,
     "CLIP_COUNT_NOISE": 4,
-    "PRIVATE_CUT": 5,
+    "GENERATE": 5,
+    "PRIVATE_CUT": 6,
   }
 
 

@@ -1,5 +1,7 @@
 """Tests of ppnet.data.text."""
 
+import json
+import pathlib
 import pickle
 import re
 
@@ -142,3 +144,126 @@ def test_public_text_has_some_hundred_sentences():
   sentences = text.public_sentences(_PROMPT)
   assert len(set(sentences)) > 100
   assert _PROMPT in sentences
+
+
+# Published models.
+
+_SHARED = pathlib.Path(__file__).parents[3] / "shared" / "data" / "tokenizers"
+_MODELS = (
+  "sentencepiece/test_model.model",
+  "sentencepiece/test_ja_model.model",
+  "mistral-common/tokenizer.model.v1",
+)
+_MISTRAL = _MODELS[-1]
+needs_published_models = pytest.mark.skipif(
+  not _SHARED.is_dir(), reason="needs ../shared/data/tokenizers"
+)
+
+
+@pytest.fixture(scope="module")
+def published():
+  """Tokenizers by their path, loaded once."""
+  return {
+    name: text.PretrainedTokenizer.load(_SHARED / name) for name in _MODELS
+  }
+
+
+@needs_published_models
+@pytest.mark.parametrize("name", _MODELS)
+def test_published_models_give_the_recorded_vectors(name, published):
+  recorded = json.loads((_SHARED / "vectors.json").read_text())["models"]
+  assert set(recorded) == set(_MODELS)
+  expected, tokenizer = recorded[name], published[name]
+  assert (tokenizer.bos_id, tokenizer.eos_id) == (
+    expected["bos"],
+    expected["eos"],
+  )
+  assert len(expected["cases"]) > 50
+  for case in expected["cases"]:
+    ids = tokenizer.encode(case["text"])
+    assert ids == case["ids"], case["text"]
+    assert tokenizer.pieces(case["text"]) == case["pieces"], case["text"]
+    assert tokenizer.decode(ids) == case["decoded"], case["text"]
+
+
+@needs_published_models
+@pytest.mark.parametrize("name", _MODELS)
+def test_special_ids_come_after_the_published_ones(name, published):
+  tokenizer = published[name]
+  recorded = json.loads((_SHARED / "vectors.json").read_text())["models"]
+  size = recorded[name]["vocab_size"]
+  assert tokenizer.special_ids == {
+    "<pad>": size,
+    "<image>": size + 1,
+    "<audio>": size + 2,
+    "<user>": size + 3,
+    "</user>": size + 4,
+  }
+  assert tokenizer.vocab_size == size + 5
+  assert tokenizer.pad_id == size
+  assert tokenizer.placeholder_ids == {"image": size + 1, "audio": size + 2}
+
+
+@needs_published_models
+@hypothesis.given(
+  st.lists(
+    st.one_of(
+      st.sampled_from(
+        ["<s>", "</s>", "<pad>", "<image>", "<user>", "</user>", "<0x41>"]
+      ),
+      st.text(max_size=8),
+    )
+  ).map("".join)
+)
+def test_no_text_becomes_a_special_id_and_any_round_trips(published, sentence):
+  tokenizer = published[_MISTRAL]
+  ids = tokenizer.encode(sentence)
+  assert not {tokenizer.bos_id, tokenizer.eos_id} & set(ids)
+  assert all(token < 32000 for token in ids)
+  if "\u2581" not in sentence:  # SentencePiece writes a space so.
+    assert tokenizer.decode(ids) == sentence
+  # Fails if: a user can write </user>, or a byte has no piece.
+
+
+@needs_published_models
+def test_beginning_end_and_leading_space_are_the_original_s(published):
+  tokenizer = published[_MISTRAL]
+  ids = tokenizer.encode("Hello", bos=True, eos=True)
+  assert ids[0] == 1
+  assert ids[-1] == 2
+  assert ids[1:-1] == tokenizer.encode("Hello")
+  assert tokenizer.decode(ids) == "Hello"
+  assert tokenizer.pieces("Hello") == ["\u2581Hello"]
+  assert tokenizer.pieces(" Hello") == ["\u2581", "\u2581Hello"]
+  assert tokenizer.pieces("\U0001f9a4")[-4:] == [
+    "<0xF0>",
+    "<0x9F>",
+    "<0xA6>",
+    "<0xA4>",
+  ]
+
+
+@needs_published_models
+def test_parts_become_spans(published):
+  tokenizer = published[_MISTRAL]
+  special = tokenizer.special_ids
+  ids = tokenizer.encode_parts(
+    [("image", 3), ("user", "stop </user>"), "It is", ("audio", 1)]
+  )
+  assert ids[:5] == [1, *[special["<image>"]] * 3, special["<user>"]]
+  assert ids[-1] == special["<audio>"]
+  assert ids.count(special["</user>"]) == 1
+  assert tokenizer.decode(ids) == (
+    "<image><image><image><user>stop </user></user>It is<audio>"
+  )
+  copy = pickle.loads(pickle.dumps(tokenizer))
+  assert copy.encode_parts([("image", 3)]) == ids[:4]
+  with pytest.raises(ValueError, match=r"part=\('video', 3\)"):
+    tokenizer.encode_parts([("video", 3)])
+  with pytest.raises(ValueError, match="vocab_size=32005, got id=32005"):
+    tokenizer.decode([32005])
+
+
+def test_a_published_model_of_another_kind_is_refused():
+  with pytest.raises(ValueError, match="SentencePiece model.*Llama 3"):
+    text.PretrainedTokenizer(b"IQ== 0\nIg== 1\n")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from ppnet import config as config_lib
+from ppnet import presets
 from ppnet.core import trees
 from ppnet.kernels import noisy_attention
 from ppnet.models import layers, llama
@@ -38,12 +39,108 @@ def noise(stddev=0.5):
   )
 
 
-def test_llama_7b_has_the_published_number_of_parameters():
-  model = llama.Llama(config_lib.LlamaConfig())
+# The sizes that the models' published weights have: the total_size of
+# model.safetensors.index.json over the bytes of an entry, or the parameter
+# count on the model's page at huggingface.co, named beside each.
+PUBLISHED = {
+  presets.llama_7b: 6_738_415_616,  # huggyllama/llama-7b
+  presets.llama2_7b: 6_738_415_616,  # meta-llama/Llama-2-7b-hf
+  presets.llama2_13b: 13_015_864_320,  # meta-llama/Llama-2-13b-hf
+  presets.llama3_8b: 8_030_261_248,  # meta-llama/Meta-Llama-3-8B
+  presets.llama32_1b: 1_235_814_400,  # meta-llama/Llama-3.2-1B
+  presets.tinyllama_1b: 1_100_048_384,  # TinyLlama/TinyLlama-1.1B
+}
+
+
+@pytest.mark.parametrize(
+  "preset", PUBLISHED, ids=lambda preset: preset.__name__
+)
+def test_a_preset_has_the_published_number_of_parameters(preset):
+  model = llama.Llama(preset())
   shapes = jax.eval_shape(
     lambda key: model.init(key, TOKENS), jax.eval_shape(jax.random.key, 0)
   )
-  assert trees.num_parameters(shapes["params"]) == 6_738_415_616
+  assert trees.num_parameters(shapes["params"]) == PUBLISHED[preset]
+  for path, leaf in jax.tree_util.tree_leaves_with_path(
+    shapes["params"], is_leaf=lambda leaf: hasattr(leaf, "names")
+  ):
+    assert isinstance(leaf, nn.LogicallyPartitioned), path
+    assert len(leaf.names) == leaf.value.ndim, path
+  # Fails if: a shape is off, or a parameter has no logical axes.
+
+
+def test_grouped_heads_and_scaled_positions_have_their_published_shapes():
+  model = llama.Llama(presets.llama32_1b())
+  shapes = nn.meta.unbox(
+    jax.eval_shape(
+      lambda key: model.init(key, TOKENS), jax.eval_shape(jax.random.key, 0)
+    )["params"]
+  )
+  attention = shapes["layers"]["attention"]
+  assert attention["k_proj"]["kernel"].shape == (16, 2048, 8 * 64)
+  assert attention["q_proj"]["kernel"].shape == (16, 2048, 32 * 64)
+  assert "lm_head" not in shapes
+
+
+def test_scaled_rotary_frequencies_are_kept_blended_or_divided():
+  scaling = config_lib.RopeScalingConfig(factor=32.0)
+  plain = layers.rotary_frequencies(64, theta=500000.0)
+  scaled = layers.rotary_frequencies(64, theta=500000.0, scaling=scaling)
+  wavelength = 2 * np.pi / plain.astype(np.float64)
+  fast, slow = wavelength < 8192 / 4, wavelength > 8192
+  assert fast.sum() > 5
+  assert slow.sum() > 5
+  assert (~fast & ~slow).sum() >= 2  # All three cases occur.
+  np.testing.assert_array_equal(scaled[fast], plain[fast])
+  np.testing.assert_allclose(scaled[slow], plain[slow] / 32, rtol=1e-6)
+  for between in np.flatnonzero(~fast & ~slow):
+    smooth = (8192 / wavelength[between] - 1) / (4 - 1)
+    expected = plain[between] * (smooth + (1 - smooth) / 32)
+    assert scaled[between] == pytest.approx(expected, rel=1e-6)
+
+
+def test_extending_a_cache_gives_the_logits_of_the_whole():
+  """A prompt in one piece, then one token at a time, at different positions."""
+  model, params = build()
+  whole = jax.jit(model.apply)({"params": params}, TOKENS)
+  lengths = np.array([3, 1])  # Of the two prompts, padded to 3.
+
+  def run(method, *args, **kwargs):
+    return model.apply({"params": params}, *args, method=method, **kwargs)
+
+  embeddings = run("embed", TOKENS)
+  hidden, fresh = run(
+    "extend",
+    embeddings[:, :3],
+    positions=jnp.arange(3)[None],
+    cache=llama.empty_cache(SMALL, batch_size=2),
+  )
+  cache = jax.tree.map(
+    lambda x: jnp.pad(
+      x, ((0, 0), (0, 0), (0, 4), (0, 0), (0, 0)), constant_values=1e3
+    ),
+    fresh,
+  )
+  logits = run("logits", hidden)
+  for row, length in enumerate(lengths):
+    np.testing.assert_allclose(
+      logits[row, :length], whole[row, :length], atol=1e-5
+    )
+  extend = jax.jit(
+    lambda x, at, cache: run("extend", x, positions=at, cache=cache)
+  )
+  for offset in range(2):
+    at = jnp.asarray(lengths + offset)[:, None]
+    hidden, fresh = extend(
+      jnp.take_along_axis(embeddings, at[..., None], axis=1), at, cache
+    )
+    logits = run("logits", hidden)
+    expected = jnp.take_along_axis(whole, at[..., None], axis=1)
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+    cache = jax.vmap(llama.KVCache.insert, in_axes=(0, 0, None))(
+      cache, fresh, at
+    )
+  # Fails if: a slot beyond a query is read, or a token lands in another slot.
 
 
 def test_logits_match_a_decoder_written_out_in_numpy():

@@ -121,3 +121,17 @@ def test_a_model_without_stems_is_the_plain_decoder():
     jax.eval_shape(jax.random.key, 0),
   )
   assert set(shapes["params"]) == {"decoder"}
+
+
+def test_stems_change_nothing_for_a_record_of_text_alone(network):
+  model, params, _, _, _ = network
+  plain = multimodal.PPNet(
+    dataclasses.replace(model.config, image=None, audio=None), PLACEHOLDERS
+  )
+  tokens = TOKENS[:, -4:]
+  with_stems, without = (
+    jax.jit(lambda p, m=m: m.apply({"params": p}, tokens, media={}))(p)
+    for m, p in ((model, params), (plain, {"decoder": params["decoder"]}))
+  )
+  np.testing.assert_array_equal(with_stems, without)
+  # Fails if: a stem that has nothing to read adds something.

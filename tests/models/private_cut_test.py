@@ -108,3 +108,16 @@ def test_a_cut_without_keys_is_an_error():
   model, params, tokens = decoder(QUIET)
   with pytest.raises(ValueError, match="cut_keys"):
     model.apply({"params": params}, tokens)
+
+
+def test_a_sequence_made_in_pieces_is_refused():
+  """Each piece would see its own state, and the cache the clean one."""
+  model, params, _ = decoder(QUIET)
+  with pytest.raises(ValueError, match="private cut"):
+    model.apply(
+      {"params": params},
+      jnp.zeros((1, 2, 8)),
+      positions=jnp.arange(2)[None],
+      cache=llama.empty_cache(model.config, batch_size=1),
+      method="extend",
+    )

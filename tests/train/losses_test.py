@@ -1,10 +1,14 @@
 """Loss terms against numpy, and what padding may add: nothing."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy import special, stats
 
+from ppnet import config as config_lib
+from ppnet.data import batching, packing
+from ppnet.models import multimodal
 from ppnet.train import losses
 
 B, T, V = 3, 4, 5
@@ -68,3 +72,42 @@ def test_gradients_of_an_example_touch_no_other():
   np.testing.assert_array_equal(size - np.diag(np.diag(size)), 0)
   assert size[0, 0] > 0
   # Fails if: a loss is averaged over the batch.
+
+
+def test_a_packed_record_s_loss_is_that_of_its_sequences_apart():
+  model = multimodal.PPNet(
+    config_lib.ModelConfig(
+      decoder=config_lib.llama_tiny(vocab_size=11), image=None, audio=None
+    ),
+    {},
+  )
+  long = packing.Sequence(prompt=(5, 6, 7), answer=(8, 2))
+  short = packing.Sequence(prompt=(4,), answer=(9, 3))
+
+  def rows(*records):
+    packed = packing.pack(
+      [packing.Record(sequences=sequences) for sequences in records],
+      length=7,
+      pad_id=0,
+      loss=packing.Loss.ANSWER,
+      unit=packing.RowUnit.RECORD,
+    )
+    return batching.stack(packed.rows, size=2, template=packed.rows[0])
+
+  together, apart = rows((long, short)), rows((long,), (short,))
+  tokens = jax.device_put(together["tokens"])
+  init = jax.jit(lambda key: model.init(key, tokens, media={}))
+  params = nn.meta.unbox(init(jax.random.key(0))["params"])
+
+  @jax.jit
+  def loss(batch):
+    logits = losses.predict(model, params, batch, noise=None)
+    return losses.cross_entropy(logits, batch["targets"], batch["loss_mask"])
+
+  # Each has two targets that count; the mean is over all four.
+  np.testing.assert_allclose(
+    loss(jax.device_put(together))[0],
+    loss(jax.device_put(apart)).mean(),
+    rtol=1e-5,
+  )
+  # Fails if: segments see each other, or positions go on between them.

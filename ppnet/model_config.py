@@ -1,0 +1,206 @@
+"""The shapes of networks: decoder, stems, adapters. Part of `ppnet.config`.
+
+Everybody else reads these names there.
+"""
+
+import dataclasses
+import enum
+
+from ppnet import config_attention
+from ppnet.core import checks
+
+
+class ComputeDtype(enum.Enum):
+  """What activations are computed in, whatever dtype parameters have."""
+
+  FLOAT32 = "float32"
+  BFLOAT16 = "bfloat16"
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class RopeScalingConfig:
+  """Llama 3.1's slower rotary frequencies, for sequences beyond training's.
+
+  Llama Team 2024, section 3.4.2, https://arxiv.org/abs/2407.21783, and its
+  published code. A frequency whose wavelength is below `original_max_seq_len /
+  high_freq_factor` tokens stays, one above `original_max_seq_len /
+  low_freq_factor` is divided by `factor`, and between the two it is blended.
+
+  Attributes:
+    factor: what low frequencies are divided by.
+    low_freq_factor: turns in the original length, below which it is in full.
+    high_freq_factor: turns in the original length, above which it is not.
+    original_max_seq_len: the length that the model was trained with first.
+  """
+
+  factor: float = 8.0
+  low_freq_factor: float = 1.0
+  high_freq_factor: float = 4.0
+  original_max_seq_len: int = 8192
+
+
+# What an adapter may stand beside: every matrix of a decoder layer.
+_IN_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+PROJECTIONS = (*_IN_ATTENTION, "gate_proj", "up_proj", "down_proj")
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class LoraConfig:
+  """Low-rank adapters beside frozen projections.
+
+  Hu et al. 2021, eq. 3, https://arxiv.org/abs/2106.09685.
+
+  Attributes:
+    rank: r, columns of A and rows of B.
+    alpha: the adapter's output is multiplied by alpha / rank.
+    targets: which of `PROJECTIONS` have one, in every layer.
+  """
+
+  rank: int = 8
+  alpha: float = 16.0
+  targets: tuple[str, ...] = ("q_proj", "v_proj")
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class LlamaConfig:
+  """Shape of the decoder; the defaults are Llama-7B.
+
+  Touvron et al. 2023, https://arxiv.org/abs/2302.13971.
+
+  Attributes:
+    vocab_size: rows of the embedding; at least `data.vocab_size`.
+    embed_dim: features of a token.
+    num_layers: decoder blocks.
+    num_heads: query heads.
+    num_kv_heads: key and value heads; divides `num_heads`.
+    head_dim: features of a head; even.
+    mlp_dim: hidden features of the feed-forward block.
+    max_seq_len: longest sequence, in tokens.
+    rope_theta: base of the rotary frequencies.
+    rope_scaling: Llama 3.1's change of the low frequencies, or None.
+    rms_norm_eps: added to the mean square before its root.
+    tie_embeddings: use the embedding as the output head.
+    remat: compute activations again in the backward pass: less memory.
+    compute_dtype: of activations; parameters have a dtype of their own, which
+      is float32 unless they were loaded in another one.
+    lora: adapters beside the projections, or None.
+    attention: code that computes attention; None chooses by the platform.
+    noise_layers: layers, counted from 0, whose attention is noised where
+      `attention_noise` is on; none named: all of them.
+  """
+
+  vocab_size: int = 32000
+  embed_dim: int = 4096
+  num_layers: int = 32
+  num_heads: int = 32
+  num_kv_heads: int = 32
+  head_dim: int = 128
+  mlp_dim: int = 11008
+  max_seq_len: int = 2048
+  rope_theta: float = 10000.0
+  rope_scaling: RopeScalingConfig | None = None
+  rms_norm_eps: float = 1e-6
+  tie_embeddings: bool = False
+  remat: bool = False
+  compute_dtype: ComputeDtype = ComputeDtype.FLOAT32
+  lora: LoraConfig | None = None
+  attention: config_attention.AttentionImplementation | None = None
+  noise_layers: tuple[int, ...] = ()
+
+
+def llama_tiny(*, vocab_size: int) -> LlamaConfig:
+  """A decoder for examples and laptops: 27,000 parameters or so."""
+  return LlamaConfig(
+    vocab_size=vocab_size,
+    embed_dim=32,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=16,
+    mlp_dim=64,
+    max_seq_len=64,
+  )
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class ImageStemConfig:
+  """A small CNN: 3x3 convolutions, then one token per pooled patch.
+
+  Attributes:
+    channels: output channels of each convolution; each halves the picture
+      where `strides` says 2.
+    strides: stride of each convolution.
+  """
+
+  channels: tuple[int, ...] = (16, 32)
+  strides: tuple[int, ...] = (1, 2)
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class AudioStemConfig:
+  """Groups of consecutive frames.
+
+  Attributes:
+    frames_per_token: frames that make one token.
+  """
+
+  frames_per_token: int = 6
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class ModelConfig:
+  """The multimodal network: stems, projectors, decoder.
+
+  Attributes:
+    decoder: see `LlamaConfig`.
+    decoder_weights: a Hugging Face directory that the decoder begins with;
+      empty begins at random. No private record may have entered them, or the
+      guarantee is of what was trained here alone.
+    image: stem of pictures; None leaves them out.
+    audio: stem of sounds; None leaves them out.
+    private_cut: makes the decoder's hidden state private.
+  """
+
+  decoder: LlamaConfig = dataclasses.field(default_factory=LlamaConfig)
+  decoder_weights: str = ""
+  image: ImageStemConfig | None = dataclasses.field(
+    default_factory=ImageStemConfig
+  )
+  audio: AudioStemConfig | None = dataclasses.field(
+    default_factory=AudioStemConfig
+  )
+  private_cut: config_attention.PrivateCutConfig = dataclasses.field(
+    default_factory=config_attention.PrivateCutConfig
+  )
+
+
+def validate_options(decoder: LlamaConfig) -> None:
+  """Raises `ValueError` for scaled positions or adapters that cannot be."""
+  scaling, lora = decoder.rope_scaling, decoder.lora
+  if scaling is not None:
+    checks.positive(
+      **{
+        "rope_scaling.factor": scaling.factor,
+        "rope_scaling.low_freq_factor": scaling.low_freq_factor,
+        "rope_scaling.original_max_seq_len": scaling.original_max_seq_len,
+      }
+    )
+    if not scaling.high_freq_factor > scaling.low_freq_factor:
+      checks.fail(
+        "rope_scaling.high_freq_factor > low_freq_factor",
+        high_freq_factor=scaling.high_freq_factor,
+        low_freq_factor=scaling.low_freq_factor,
+      )
+  if lora is not None:
+    checks.positive(
+      **{
+        "model.decoder.lora.rank": lora.rank,
+        "model.decoder.lora.alpha": lora.alpha,
+      }
+    )
+    unknown = [name for name in lora.targets if name not in PROJECTIONS]
+    if unknown or not lora.targets:
+      checks.fail(
+        f"model.decoder.lora.targets among {PROJECTIONS}, at least one",
+        **{"model.decoder.lora.targets": lora.targets},
+      )
