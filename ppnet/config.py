@@ -12,9 +12,15 @@ import dataclasses
 import enum
 import re
 
-from ppnet import model_config
+from ppnet import config_attention, model_config
 from ppnet.core import checks
 
+# What concerns attention has a file of its own, and its names here.
+NoiseMode = config_attention.NoiseMode
+NoiseGenerator = config_attention.NoiseGenerator
+AttentionImplementation = config_attention.AttentionImplementation
+AttentionNoiseConfig = config_attention.AttentionNoiseConfig
+PrivateCutConfig = config_attention.PrivateCutConfig
 # The shapes of networks, in a file of their own; these are their names.
 ComputeDtype = model_config.ComputeDtype
 RopeScalingConfig = model_config.RopeScalingConfig
@@ -143,13 +149,6 @@ class PrivacyUnit(enum.Enum):
   USER = "user"
 
 
-class NoiseMode(enum.Enum):
-  """Where attention noise enters."""
-
-  SCORES = "scores"  # softmax(QK'/sqrt(d) + stddev N) V
-  WEIGHTS = "weights"  # renormalised (softmax(QK'/sqrt(d)) + stddev N)_+ V
-
-
 class OptimizerName(enum.Enum):
   """The optimizer behind the privatizer."""
 
@@ -168,6 +167,7 @@ class BenchSubject(enum.Enum):
   """What a BENCHMARK job measures."""
 
   ENGINES = "engines"  # The clipped sum, by each engine and by other libraries.
+  ATTENTION = "attention"  # Attention with noise, by kernels and reference.
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -236,24 +236,6 @@ class DataConfig:
   audio: AudioConfig = dataclasses.field(default_factory=AudioConfig)
   on_bad_record: BadRecord = BadRecord.RAISE
   cache: bool = True
-
-
-@dataclasses.dataclass(slots=True, kw_only=True)
-class AttentionNoiseConfig:
-  """Noise inside attention: a regulariser. It carries no privacy guarantee.
-
-  Attributes:
-    stddev: standard deviation; 0 turns the mechanism off.
-    mode: SCORES or WEIGHTS.
-    at_evaluation: keep the noise on when evaluating.
-    consistency_weight: weight of KL(clean || noisy prediction) in the loss;
-      above 0 it costs a second forward pass.
-  """
-
-  stddev: float = 0.0
-  mode: NoiseMode = NoiseMode.SCORES
-  at_evaluation: bool = False
-  consistency_weight: float = 0.0
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -427,7 +409,7 @@ class BenchConfig:
 
   Attributes:
     subject: what is measured.
-    cases: names with commas between them; see `ppnet.bench.engines`. "own" is
+    cases: names with commas between them; see `ppnet.bench`. "own" is
       this configuration's own model and data, in one microbatch.
     rounds: timed executions of each row, taken in turn.
     peers: measure other libraries as well.
@@ -763,12 +745,11 @@ def _validate_model(config: ExperimentConfig) -> None:
     checks.positive(
       **{"model.audio.frames_per_token": config.model.audio.frames_per_token}
     )
-  noise = config.attention_noise
-  checks.non_negative(
-    **{
-      "attention_noise.stddev": noise.stddev,
-      "attention_noise.consistency_weight": noise.consistency_weight,
-    }
+  config_attention.validate(
+    noise=config.attention_noise,
+    private_cut=config.model.private_cut,
+    noise_layers=decoder.noise_layers,
+    num_layers=decoder.num_layers,
   )
 
 

@@ -29,11 +29,11 @@ from ml_collections import config_flags
 from ppnet import config as config_lib
 from ppnet import config_args, sweep
 from ppnet.audit import run as audit
-from ppnet.bench import engines
+from ppnet.bench import attention, engines
 from ppnet.core import checks, prng, records, workdirs
 from ppnet.data import prepare, text
 from ppnet.models import generate, hf, lora, multimodal
-from ppnet.privacy import budget, ledger
+from ppnet.privacy import budget, input_privacy, ledger
 from ppnet.report import budget as budget_figures
 from ppnet.report import figures, ratios, tables
 from ppnet.train import loop
@@ -151,7 +151,10 @@ def benchmark(
   print(f"figure:  {figure}")
 
 
-_BENCHMARKS = {config_lib.BenchSubject.ENGINES: engines.run}
+_BENCHMARKS = {
+  config_lib.BenchSubject.ENGINES: engines.run,
+  config_lib.BenchSubject.ATTENTION: attention.run,
+}
 
 
 def generate_text(
@@ -318,7 +321,16 @@ def _plan(experiment: loop.Experiment) -> str:
       + (f"{engine.engine.name} ({engine.why})" if engine else "no clipping"),
       f"guarantee: {claim['guarantee']}",
     ]
+    + _input_guarantee(config)
   )
+
+
+def _input_guarantee(config: config_lib.ExperimentConfig) -> list[str]:
+  """What the private cut promises, where there is one."""
+  cut = config.model.private_cut
+  if cut.layer is None:
+    return []
+  return [f"private cut: {input_privacy.claim(cut)['guarantee']}"]
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

@@ -6,6 +6,7 @@ Everybody else reads these names there.
 import dataclasses
 import enum
 
+from ppnet import config_attention
 from ppnet.core import checks
 
 
@@ -83,6 +84,9 @@ class LlamaConfig:
     compute_dtype: of activations; parameters have a dtype of their own, which
       is float32 unless they were loaded in another one.
     lora: adapters beside the projections, or None.
+    attention: code that computes attention; None chooses by the platform.
+    noise_layers: layers, counted from 0, whose attention is noised where
+      `attention_noise` is on; none named: all of them.
   """
 
   vocab_size: int = 32000
@@ -100,6 +104,8 @@ class LlamaConfig:
   remat: bool = False
   compute_dtype: ComputeDtype = ComputeDtype.FLOAT32
   lora: LoraConfig | None = None
+  attention: config_attention.AttentionImplementation | None = None
+  noise_layers: tuple[int, ...] = ()
 
 
 def llama_tiny(*, vocab_size: int) -> LlamaConfig:
@@ -152,6 +158,7 @@ class ModelConfig:
       guarantee is of what was trained here alone.
     image: stem of pictures; None leaves them out.
     audio: stem of sounds; None leaves them out.
+    private_cut: makes the decoder's hidden state private.
   """
 
   decoder: LlamaConfig = dataclasses.field(default_factory=LlamaConfig)
@@ -161,6 +168,9 @@ class ModelConfig:
   )
   audio: AudioStemConfig | None = dataclasses.field(
     default_factory=AudioStemConfig
+  )
+  private_cut: config_attention.PrivateCutConfig = dataclasses.field(
+    default_factory=config_attention.PrivateCutConfig
   )
 
 

@@ -25,6 +25,7 @@ class Stream(enum.IntEnum):
   EVAL_ATTENTION_NOISE = 3
   CLIP_COUNT_NOISE = 4
   GENERATE = 5
+  PRIVATE_CUT = 6
 
 
 def root(seed: int) -> Key[Array, ""]:

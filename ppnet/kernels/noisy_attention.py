@@ -14,7 +14,6 @@ clipped sum as it was. Its effect on attacks is measured, never claimed.
 """
 
 import dataclasses
-import enum
 import functools
 from typing import Any
 
@@ -24,22 +23,26 @@ from jaxtyping import Array, Float, Int
 
 from ppnet import config as config_lib
 from ppnet.core import checks
-from ppnet.kernels import counter_noise, reference
+from ppnet.kernels import counter_noise, flash, gpu, reference, tpu
 
 NoiseMode = config_lib.NoiseMode
+NoiseGenerator = config_lib.NoiseGenerator
+Implementation = config_lib.AttentionImplementation
 Leaf = Any
 
 
-class Implementation(enum.Enum):
-  """Which code computes the op; all of them compute the same values."""
-
-  REFERENCE = "reference"
+# By JAX's name of the platform.
+_DEFAULTS = {"tpu": Implementation.TPU, "gpu": Implementation.GPU}
+_BACKENDS = {
+  Implementation.TPU: tpu.BACKEND,
+  Implementation.GPU: gpu.BACKEND,
+}
 
 
 @functools.partial(
   jax.tree_util.register_dataclass,
   data_fields=["key", "stddev", "key_token_scale"],
-  meta_fields=["mode"],
+  meta_fields=["mode", "generator"],
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionNoise:
@@ -52,12 +55,16 @@ class AttentionNoise:
     mode: whether scores or weights are noised.
     key_token_scale: factor on stddev per key token, f32[B, S]: above 1 where a
       token is marked sensitive. None means 1 everywhere.
+    generator: PORTABLE is the same on every device. HARDWARE is a TPU's own
+      generator: not portable to any other implementation, and positions are
+      counted from the first query of the call.
   """
 
   key: Leaf
   stddev: Leaf
   mode: NoiseMode = NoiseMode.SCORES
   key_token_scale: Leaf = None
+  generator: NoiseGenerator = NoiseGenerator.PORTABLE
 
 
 def noisy_attention(
@@ -69,6 +76,7 @@ def noisy_attention(
   causal: bool = True,
   segment_ids: Int[Array, "B T"] | None = None,
   implementation: Implementation | str | None = None,
+  block_sizes: tuple[int, int] | None = None,
 ) -> Float[Array, "B T N H"]:
   """Attention with optional noise; `noise=None` is plain attention.
 
@@ -80,6 +88,8 @@ def noisy_attention(
     causal: query t attends to key tokens up to t + S - T.
     segment_ids: tokens attend only within their segment; needs T = S.
     implementation: None chooses by platform.
+    block_sizes: queries and key tokens of a kernel's block, which change no
+      value but by rounding; None chooses.
 
   Returns:
     One output per query and head, in the dtype of `q`.
@@ -88,7 +98,7 @@ def noisy_attention(
     ValueError: shapes that do not fit, or an unknown implementation.
     TypeError: keys that are not typed threefry keys.
   """
-  _resolve(implementation)  # One implementation so far: nothing to dispatch.
+  chosen = _resolve(implementation)
   batch, num_queries, num_heads, _ = q.shape
   num_keys, num_kv_heads = k.shape[1:3]
   if num_heads % num_kv_heads:
@@ -103,36 +113,75 @@ def noisy_attention(
       num_queries=num_queries,
       num_keys=num_keys,
     )
-  mask = reference.attention_mask(
-    num_queries, num_keys, causal=causal, segment_ids=segment_ids
-  )
-  score_noise = weight_noise = None
+  drawn = None
   if noise is not None:
-    scaled = _scaled_noise(
+    drawn = _words_and_scale(
       noise,
       batch=batch,
       num_heads=num_heads,
       num_queries=num_queries,
       num_keys=num_keys,
     )
-    if noise.mode is NoiseMode.SCORES:
-      score_noise = scaled
-    else:
-      weight_noise = scaled
+  mode = None if noise is None else noise.mode
+  is_hardware = noise is not None and noise.generator is NoiseGenerator.HARDWARE
+  if is_hardware and chosen is not Implementation.TPU:
+    checks.fail(
+      "the TPU implementation where the hardware draws the noise",
+      "Use NoiseGenerator.PORTABLE, which is the same on every device.",
+      implementation=chosen.name,
+    )
+  if chosen is Implementation.REFERENCE:
+    return _reference(
+      q, k, v, causal=causal, segment_ids=segment_ids, noise=drawn, mode=mode
+    )
+  return flash.attention(
+    _BACKENDS[chosen],
+    q,
+    k,
+    v,
+    causal=causal,
+    segment_ids=segment_ids,
+    noise=drawn,
+    mode=mode,
+    block_sizes=block_sizes,
+  )
+
+
+def _reference(
+  q: Array,
+  k: Array,
+  v: Array,
+  *,
+  causal: bool,
+  segment_ids: Array | None,
+  noise: flash.Noise | None,
+  mode: NoiseMode | None,
+) -> Array:
+  """The op written out, with the noise as an array."""
+  mask = reference.attention_mask(
+    q.shape[1], k.shape[1], causal=causal, segment_ids=segment_ids
+  )
+  scaled = None
+  if noise is not None:
+    raw = counter_noise.raw(
+      noise.row[:, :, :, None], noise.column[:, :, None, :]
+    )
+    scaled = raw * noise.scale[:, :, None, :]
+  is_scores = mode is NoiseMode.SCORES
   return reference.attention(
     q,
     k,
     v,
     mask=mask,
-    score_noise=score_noise,
-    weight_noise=weight_noise,
+    score_noise=scaled if is_scores else None,
+    weight_noise=None if is_scores else scaled,
   )
 
 
 def _resolve(implementation: Implementation | str | None) -> Implementation:
   """The implementation asked for, or the platform's own."""
   if implementation is None:
-    return Implementation.REFERENCE
+    return _DEFAULTS.get(jax.default_backend(), Implementation.REFERENCE)
   try:
     return Implementation(implementation)
   except ValueError:
@@ -140,15 +189,15 @@ def _resolve(implementation: Implementation | str | None) -> Implementation:
     checks.fail(f"implementation in {known}", implementation=implementation)
 
 
-def _scaled_noise(
+def _words_and_scale(
   noise: AttentionNoise,
   *,
   batch: int,
   num_heads: int,
   num_queries: int,
   num_keys: int,
-) -> Float[Array, "B N T S"]:
-  """stddev * key_token_scale * N, float32."""
+) -> flash.Noise:
+  """What each implementation makes the noise of: O(T) numbers."""
   keys = noise.key
   counter_noise.check_threefry(keys)
   if keys.ndim == 0:
@@ -161,20 +210,27 @@ def _scaled_noise(
     checks.fail(
       f"noise.stddev of shape () or ({num_heads},)", shape=stddev.shape
     )
-  normal = counter_noise.normal(
-    keys,
-    num_heads=num_heads,
-    # Global positions: a later chunk of queries draws what it would have drawn
-    # in one piece.
-    query_index=jnp.arange(num_queries) + (num_keys - num_queries),
-    key_index=jnp.arange(num_keys),
-  )
-  scaled = normal * jnp.broadcast_to(stddev, (num_heads,))[None, :, None, None]
+  if noise.generator is NoiseGenerator.HARDWARE:
+    seeds = jnp.stack(counter_noise.head_keys(keys, num_heads), axis=-1)
+    row, column = jax.lax.bitcast_convert_type(seeds, jnp.int32), None
+    unit = counter_noise.HARDWARE_UNIT
+  else:
+    row, column = counter_noise.position_words(
+      keys,
+      num_heads=num_heads,
+      # Global positions: a later chunk of queries draws what it would have
+      # drawn in one piece.
+      query_index=jnp.arange(num_queries) + (num_keys - num_queries),
+      key_index=jnp.arange(num_keys),
+    )
+    unit = counter_noise.UNIT
+  scale = jnp.broadcast_to(stddev * unit, (num_heads,))
+  scale = jnp.broadcast_to(scale[None, :, None], (batch, num_heads, num_keys))
   if noise.key_token_scale is not None:
     if noise.key_token_scale.shape != (batch, num_keys):
       checks.fail(
         f"noise.key_token_scale of shape ({batch}, {num_keys})",
         shape=noise.key_token_scale.shape,
       )
-    scaled = scaled * noise.key_token_scale[:, None, None, :]
-  return scaled
+    scale = scale * noise.key_token_scale[:, None, :]
+  return flash.Noise(row=row, column=column, scale=scale)

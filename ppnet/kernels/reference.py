@@ -45,8 +45,8 @@ def attention(
 ) -> Float[Array, "B T N H"]:
   """softmax(q k' / sqrt(H) + score_noise) v, or noise on the weights.
 
-  Scores, softmax and the weighted sum are float32 whatever the inputs are. A
-  query that may attend to nothing yields zeros.
+  Scores, softmax and the weighted sum are float32 (float64 for float64 inputs).
+  A query that may attend to nothing yields zeros.
 
   Args:
     q: queries.
@@ -61,9 +61,10 @@ def attention(
   batch, num_queries, num_heads, head_dim = q.shape
   num_keys, num_kv_heads = k.shape[1:3]
   groups = num_heads // num_kv_heads
+  wide = jnp.promote_types(q.dtype, jnp.float32)
   grouped = q.reshape(batch, num_queries, num_kv_heads, groups, head_dim)
   scores = jnp.einsum(
-    "btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32
+    "btkgh,bskh->bkgts", grouped, k, preferred_element_type=wide
   ).reshape(batch, num_heads, num_queries, num_keys)
   scores = scores * head_dim**-0.5
   if score_noise is not None:
@@ -79,7 +80,5 @@ def attention(
   weights = weights.reshape(
     batch, num_kv_heads, groups, num_queries, num_keys
   )  # [B, K, G, T, S]
-  out = jnp.einsum(
-    "bkgts,bskh->btkgh", weights, v, preferred_element_type=jnp.float32
-  )
+  out = jnp.einsum("bkgts,bskh->btkgh", weights, v, preferred_element_type=wide)
   return out.reshape(q.shape).astype(q.dtype)

@@ -22,12 +22,12 @@ from typing import Any, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from ppnet import config as config_lib
 from ppnet.core import checks, param_ops
 from ppnet.kernels import noisy_attention, reference
-from ppnet.models import layers
+from ppnet.models import layers, private_cut
 
 Leaf = Any
 
@@ -115,7 +115,12 @@ class Attention(nn.Module):
     v = project("v_proj", cfg.num_kv_heads, "kv_heads")
     if cache is None or not cache.num_slots:
       out = noisy_attention.noisy_attention(
-        q, k, v, noise=noise, segment_ids=segment_ids
+        q,
+        k,
+        v,
+        noise=noise,
+        segment_ids=segment_ids,
+        implementation=cfg.attention,
       )
     else:
       known = cache.insert(KVCache(k=k, v=v), positions)
@@ -174,6 +179,7 @@ class DecoderLayer(nn.Module):
 
   config: config_lib.LlamaConfig
   ops: param_ops.ParamOps
+  cut: private_cut.PrivateCut | None
 
   @nn.compact
   def __call__(
@@ -181,13 +187,18 @@ class DecoderLayer(nn.Module):
     x: Float[Array, "B T D"],
     layer: Int[Array, ""],
     noise: noisy_attention.AttentionNoise | None,
+    cut_noise: Float[Array, "B T D"] | None,
     positions: Int[Array, "#B T"],
     segment_ids: Int[Array, "B T"] | None,
     cache: KVCache | None,
   ) -> tuple[Float[Array, "B T D"], KVCache | None]:
     """Adds attention and feed-forward to the residual stream."""
+    if self.cut is not None and cut_noise is not None:
+      # All that this layer and the later ones compute, they compute from x.
+      private = private_cut.privatize(x, cut_noise, cut=self.cut)
+      x = jnp.where(layer == self.cut.layer, private, x)
     if noise is not None:
-      noise = dataclasses.replace(noise, key=fold_in(noise.key, layer))
+      noise = _of_layer(noise, layer, self.config.noise_layers)
     eps = self.config.rms_norm_eps
     attended, fresh = Attention(self.config, self.ops, name="attention")(
       layers.RMSNorm(eps, self.ops, name="attention_norm")(x),
@@ -203,6 +214,22 @@ class DecoderLayer(nn.Module):
     return x, fresh
 
 
+def _of_layer(
+  noise: noisy_attention.AttentionNoise,
+  layer: Array,
+  noise_layers: tuple[int, ...],
+) -> noisy_attention.AttentionNoise:
+  """The layer's own noise: its key, and no noise where it has none."""
+  stddev = noise.stddev
+  if noise_layers:
+    # Layers share one program, so a layer without noise is one with 0.
+    has_noise = jnp.isin(layer, jnp.array(noise_layers))
+    stddev = jnp.where(has_noise, stddev, 0.0)
+  return dataclasses.replace(
+    noise, key=fold_in(noise.key, layer), stddev=stddev
+  )
+
+
 def fold_in(keys: Array, layer: Array) -> Array:
   """The layer's own key, for one key or for one per example."""
   if keys.ndim == 0:
@@ -216,10 +243,12 @@ class Llama(nn.Module):
   Attributes:
     config: shape of the decoder.
     ops: implementation of the parametrised operations.
+    cut: where the hidden state is made private, or None.
   """
 
   config: config_lib.LlamaConfig
   ops: param_ops.ParamOps = param_ops.PLAIN
+  cut: private_cut.PrivateCut | None = None
 
   def setup(self):
     """Declares embedding, scanned layers, final norm and head."""
@@ -233,10 +262,10 @@ class Llama(nn.Module):
       layer,
       variable_axes={"params": 0},
       split_rngs={"params": True},
-      in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, 0),
+      in_axes=(0, *[nn.broadcast] * 4, 0),
       length=cfg.num_layers,
       metadata_params={nn.PARTITION_NAME: "layers"},
-    )(cfg, self.ops)
+    )(cfg, self.ops, self.cut)
     self.final_norm = layers.RMSNorm(cfg.rms_norm_eps, self.ops)
     if not cfg.tie_embeddings:
       self.lm_head = layers.Dense(cfg.vocab_size, ("embed", "vocab"), self.ops)
@@ -253,6 +282,7 @@ class Llama(nn.Module):
     *,
     embeddings: Float[Array, "B T D"] | None = None,
     noise: noisy_attention.AttentionNoise | None = None,
+    cut_keys: Key[Array, " B"] | None = None,
     positions: Int[Array, "#B T"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
   ) -> Float[Array, "B T V"]:
@@ -263,13 +293,21 @@ class Llama(nn.Module):
       embeddings: used in place of the tokens' own embeddings where a picture
         or a sound takes their place.
       noise: attention noise; each layer folds its number into the key.
+      cut_keys: one secret key per example, where there is a private cut.
       positions: rotary positions, 0..T-1 by default.
       segment_ids: tokens attend only within their segment. Padding is a segment
         of its own, left or right of the tokens.
 
     Raises:
-      ValueError: more tokens than `max_seq_len`.
+      ValueError: more tokens than `max_seq_len`, or a private cut without
+        keys.
     """
+    if self.cut is not None and cut_keys is None and not self.is_initializing():
+      checks.fail(
+        "cut_keys for a model with a private cut",
+        "Give one secret key per example.",
+        cut_keys=cut_keys,
+      )
     num_tokens = tokens.shape[1]
     checks.at_most(
       self.config.max_seq_len,
@@ -279,8 +317,17 @@ class Llama(nn.Module):
     if positions is None:
       positions = jnp.arange(num_tokens)[None]
     x = self.embed(tokens) if embeddings is None else embeddings
+    cut_noise = None
+    if self.cut is not None and cut_keys is not None:
+      # Once, before the layers' loop: it stands for one draw.
+      shape = (num_tokens, self.config.embed_dim)
+      cut_noise = private_cut.draw(cut_keys, shape, cut=self.cut)
     x, _ = self._through_layers(
-      x, noise=noise, positions=positions, segment_ids=segment_ids
+      x,
+      noise=noise,
+      cut_noise=cut_noise,
+      positions=positions,
+      segment_ids=segment_ids,
     )
     return self.logits(x)
 
@@ -302,7 +349,16 @@ class Llama(nn.Module):
     Returns:
       What `logits` takes; and the keys and values [L, B, T, K, H] of the
       further tokens alone, for the caller to put into the cache.
+
+    Raises:
+      ValueError: there is a private cut, which needs the whole input at once.
     """
+    if self.cut is not None:
+      checks.fail(
+        "a model without a private cut, where a sequence is made in pieces",
+        "Set model.private_cut.layer to none; outputs are then not private.",
+        layer=self.cut.layer,
+      )
     x, fresh = self._through_layers(
       embeddings, positions=positions, cache=cache
     )
@@ -323,9 +379,12 @@ class Llama(nn.Module):
     *,
     positions: Int[Array, "#B T"],
     noise: noisy_attention.AttentionNoise | None = None,
+    cut_noise: Float[Array, "B T D"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     cache: KVCache | None = None,
   ) -> tuple[Float[Array, "B T D"], KVCache | None]:
     """Scans the layers."""
     numbers = jnp.arange(self.config.num_layers)
-    return self.layers(x, numbers, noise, positions, segment_ids, cache)
+    return self.layers(
+      x, numbers, noise, cut_noise, positions, segment_ids, cache
+    )

@@ -9,13 +9,13 @@ from collections.abc import Mapping
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from ppnet import config as config_lib
 from ppnet.core import param_ops
 from ppnet.kernels import noisy_attention
 from ppnet.models import audio as audio_lib
-from ppnet.models import llama, vision
+from ppnet.models import llama, private_cut, vision
 
 
 def merge_span(
@@ -48,16 +48,18 @@ class PPNet(nn.Module):
     config: shapes of all parts; a stem that is None is left out.
     placeholder_ids: modality to the token whose places its embeddings take.
     ops: implementation of the parametrised operations.
+    cut: where the decoder's hidden state is made private, or None.
   """
 
   config: config_lib.ModelConfig
   placeholder_ids: Mapping[str, int]
   ops: param_ops.ParamOps = param_ops.PLAIN
+  cut: private_cut.PrivateCut | None = None
 
   def setup(self):
     """Declares the parts that the configuration asks for."""
     decoder = self.config.decoder
-    self.decoder = llama.Llama(decoder, self.ops)
+    self.decoder = llama.Llama(decoder, self.ops, self.cut)
     self.stems = {
       name: stem(getattr(self.config, name), decoder.embed_dim, self.ops)
       for name, stem in _STEMS.items()
@@ -70,6 +72,7 @@ class PPNet(nn.Module):
     *,
     media: Mapping[str, Array],
     noise: noisy_attention.AttentionNoise | None = None,
+    cut_keys: Key[Array, " B"] | None = None,
     positions: Int[Array, "#B T"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
   ) -> Float[Array, "B T V"]:
@@ -80,6 +83,7 @@ class PPNet(nn.Module):
       media: modality to its normalised arrays f32[B, ...]; one that the record
         lacks is left out, and costs nothing.
       noise: attention noise, or None.
+      cut_keys: one secret key per example, where there is a private cut.
       positions: as for `llama.Llama`.
       segment_ids: as for `llama.Llama`.
     """
@@ -87,6 +91,7 @@ class PPNet(nn.Module):
       tokens,
       embeddings=self.embed(tokens, media),
       noise=noise,
+      cut_keys=cut_keys,
       positions=positions,
       segment_ids=segment_ids,
     )

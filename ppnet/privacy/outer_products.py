@@ -136,7 +136,7 @@ def gram_stats(factors: list[Factor]) -> Stats:
     [_root_of_diagonal(grams[i, i][k]) for i in range(len(factors))]
     for k in (0, 1)
   )
-  squared = error = 0.0
+  squared = error = jnp.float32(0.0)
   for (i, j), (p, q) in grams.items():
     times = 1.0 if i == j else 2.0
     squared += times * jnp.sum(p * q, axis=(1, 2))

@@ -97,6 +97,8 @@ def _by_case(
 def title(record: Mapping[str, Any], case: str) -> str:
   """What a case is, in one line."""
   facts = record["cases"][case]
+  if "title" in facts:
+    return facts["title"]
   decoder = facts.get("decoder") or {}
   parts = [
     f"{case}: {facts['num_parameters']:,} parameters",

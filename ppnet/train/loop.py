@@ -23,7 +23,7 @@ import tqdm
 from ppnet import config as config_lib
 from ppnet.core import checks, prng
 from ppnet.data import pipeline, prepare, sources, text
-from ppnet.privacy import correlated
+from ppnet.privacy import correlated, input_privacy
 from ppnet.privacy import ledger as ledger_lib
 from ppnet.privacy import mechanism as mechanism_lib
 from ppnet.train import checkpoint, metrics
@@ -65,26 +65,34 @@ class Experiment:
   def claimed(self, charged_steps: int) -> dict[str, Any]:
     """What a record of this run says of its privacy, after so many charges."""
     claim = self.mechanism.claim()
-    return {
-      name: claim[name]
-      for name in (
-        "delta",
-        "noise_multiplier",
-        "l2_clip_norm",
-        "sampling_prob",
-        "neighboring_relation",
-        "accountant",
-        "unit",
-        "clip_rule",
-        "clip_scope",
-        "clip_quantile",
-      )
-    } | {
-      "epsilon": self.mechanism.epsilon_after(charged_steps),
-      # Of the charged steps: a restart may have made them more than planned.
-      "guarantee": self.mechanism.guarantee(charged_steps),
-      "seeded": claim["sampler_seeded"] or claim["noise_seeded"],
-    }
+    cut = self.config.model.private_cut
+    of_inputs = (
+      {} if cut.layer is None else {"private_cut": input_privacy.claim(cut)}
+    )
+    return (
+      of_inputs
+      | {
+        name: claim[name]
+        for name in (
+          "delta",
+          "noise_multiplier",
+          "l2_clip_norm",
+          "sampling_prob",
+          "neighboring_relation",
+          "accountant",
+          "unit",
+          "clip_rule",
+          "clip_scope",
+          "clip_quantile",
+        )
+      }
+      | {
+        "epsilon": self.mechanism.epsilon_after(charged_steps),
+        # Of the charged steps: a restart may have made them more than planned.
+        "guarantee": self.mechanism.guarantee(charged_steps),
+        "seeded": claim["sampler_seeded"] or claim["noise_seeded"],
+      }
+    )
 
 
 def prepared_dir(

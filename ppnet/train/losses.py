@@ -61,12 +61,19 @@ def predict(
   """Logits of a batch from the pipeline; absent modalities are left out.
 
   A packed batch has "positions" and "segment_ids" [B, T] (`data.packing`).
+
+  `batch["cut_key"]`, where it is there, holds the keys of the private cut. Two
+  predictions of one batch share its draw: one noisy state, released once.
   """
+  cut_keys = batch.get("cut_key")
+  if cut_keys is not None:
+    cut_keys = jax.random.clone(cut_keys)  # Meant: see above.
   logits = model.apply(
     {"params": params},
     batch["tokens"],
     media=media(batch),
     noise=noise,
+    cut_keys=cut_keys,
     positions=batch.get("positions"),
     segment_ids=batch.get("segment_ids"),
   )
@@ -81,7 +88,10 @@ def attention_noise(
   if config.stddev == 0:
     return None
   return noisy_attention.AttentionNoise(
-    key=keys, stddev=jnp.float32(config.stddev), mode=config.mode
+    key=keys,
+    stddev=jnp.float32(config.stddev),
+    mode=config.mode,
+    generator=config.generator,
   )
 
 

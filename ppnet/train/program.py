@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,8 +15,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ppnet import config as config_lib
 from ppnet.core import checks, prng, trees
-from ppnet.models import hf, lora, multimodal
-from ppnet.privacy import correlated, engine_choice
+from ppnet.models import hf, lora, multimodal, private_cut
+from ppnet.privacy import correlated, engine_choice, input_privacy
 from ppnet.privacy import mechanism as mechanism_lib
 from ppnet.sharding import mesh as mesh_lib
 from ppnet.sharding import rules as rules_lib
@@ -50,6 +51,7 @@ class Program:
     evaluate: see `step.evaluate`.
     frozen: () -> the parameters that are not trained, computed or read once;
       `models.lora.combine` puts them and the trained ones together.
+    cut_keys: fresh keys of the private cut for a batch; None without one.
   """
 
   mesh: Mesh
@@ -67,6 +69,7 @@ class Program:
   update: Any
   evaluate: Any
   frozen: Any
+  cut_keys: Any = None
 
   @property
   def num_parameters(self) -> int:
@@ -74,8 +77,15 @@ class Program:
     return trees.num_parameters(self.abstract_state.params)
 
   def put_batch(self, batch: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Places a batch, its examples spread over the mesh."""
-    return jax.device_put(dict(batch), self.rules.batch_sharding(self.mesh))
+    """Places a batch, its examples spread over the mesh.
+
+    With a private cut, every batch that is placed gets keys of its own: a state
+    that was noised twice with one draw would give away a difference.
+    """
+    placed = jax.device_put(dict(batch), self.rules.batch_sharding(self.mesh))
+    if self.cut_keys is not None:
+      placed["cut_key"] = self.cut_keys(placed["index"], placed.get("view"))
+    return placed
 
   def put(self, value: Any) -> Any:
     """Places a small value on every device."""
@@ -105,7 +115,7 @@ def build(
   """
   mesh = _mesh(config, devices)
   rules = rules_lib.Rules()
-  model = multimodal.PPNet(config.model, dict(placeholder_ids))
+  model = _model(config.model, placeholder_ids)
   tx = optimizer.build(config.optimizer, config.train.num_steps)
   root_key = jax.device_put(prng.root(config.seed), rules_lib.replicated(mesh))
   is_trained = lora.trained_names(config)
@@ -152,7 +162,9 @@ def build(
       lambda frozen: clipped_grad_of(lora.with_frozen(loss_fn, frozen)),
       abstract_state.params,
       jax.eval_shape(frozen_fn),
-      _abstract_batch(example, num_rows=num_rows),
+      _abstract_batch(
+        example, num_rows=num_rows, has_cut=model.cut is not None
+      ),
     ),
     mechanism=mechanism,
     abstract_state=abstract_state,
@@ -185,6 +197,7 @@ def build(
       )
     ),
     frozen=lambda: {},
+    cut_keys=_cut_keys(config.model.private_cut, mesh),
   )
   if is_trained is None and not config.model.decoder_weights:
     return program
@@ -344,7 +357,9 @@ def _from_disk(
   return jax.tree_util.tree_map_with_path(replaced, params, shardings)
 
 
-def _abstract_batch(example: Mapping[str, np.ndarray], *, num_rows: int) -> Any:
+def _abstract_batch(
+  example: Mapping[str, np.ndarray], *, num_rows: int, has_cut: bool
+) -> Any:
   """Shapes of what the loss sees of a microbatch."""
   microbatch = {
     name: jax.ShapeDtypeStruct(
@@ -352,12 +367,57 @@ def _abstract_batch(example: Mapping[str, np.ndarray], *, num_rows: int) -> Any:
     )
     for name, value in example.items()
   }
+  if has_cut:
+    microbatch["cut_key"] = jax.eval_shape(
+      lambda: jax.random.split(prng.root(0), num_rows)
+    )
   return jax.eval_shape(
     lambda microbatch: step_lib.grad_batch(
       microbatch, prng.root(0), jnp.int32(0)
     ),
     microbatch,
   )
+
+
+def _model(
+  config: config_lib.ModelConfig, placeholder_ids: Mapping[str, int]
+) -> multimodal.PPNet:
+  """The network, with the private cut that the record claims."""
+  cut = None
+  if config.private_cut.layer is not None:
+    claim = input_privacy.claim(config.private_cut)
+    cut = private_cut.PrivateCut(
+      layer=claim["layer"],
+      l2_clip_norm=claim["l2_clip_norm"],
+      noise_stddev=claim["noise_stddev"],
+    )
+  return multimodal.PPNet(config, dict(placeholder_ids), cut=cut)
+
+
+def _cut_keys(config: config_lib.PrivateCutConfig, mesh: Mesh) -> Any:
+  """A function of a batch's records and views, or None without a cut.
+
+  Each call draws anew.
+  """
+  if config.layer is None:
+    return None
+  replicated = rules_lib.replicated(mesh)
+  root_key = jax.device_put(
+    prng.root(input_privacy.noise_root_entropy(config)), replicated
+  )
+  numbers = itertools.count()
+
+  @jax.jit
+  def keys(root_key, number, index, view):
+    stem = prng.stream(root_key, prng.Stream.PRIVATE_CUT, number)
+    of_records = prng.per_record(stem, index)
+    return of_records if view is None else prng.per_view(of_records, view)
+
+  def fresh(index, view):
+    number = jax.device_put(np.uint32(next(numbers)), replicated)
+    return keys(root_key, number, index, view)
+
+  return fresh
 
 
 def _init(

@@ -43,6 +43,7 @@ def test_stream_numbers_are_append_only():
     "EVAL_ATTENTION_NOISE": 3,
     "CLIP_COUNT_NOISE": 4,
     "GENERATE": 5,
+    "PRIVATE_CUT": 6,
   }
 
 

@@ -219,6 +219,10 @@ def test_bfloat16_inputs_accumulate_in_float32():
     ({"implementation": "cuda"}, "implementation"),
     ({"segment_ids": jnp.zeros((B, T), int), "num_keys": T + 1}, "segment_ids"),
     ({"noise": noise(jnp.ones(3))}, "stddev"),
+    (
+      {"noise": noise(generator=config_lib.NoiseGenerator.HARDWARE)},
+      "implementation",
+    ),
     ({"noise": noise(batch=B + 1)}, "noise.key"),
     ({"noise": noise(key_token_scale=jnp.ones((B, T + 2)))}, "key_token_scale"),
   ],

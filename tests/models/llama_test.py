@@ -260,6 +260,18 @@ def test_layers_draw_different_noise():
   assert np.abs(both["own"] - both["shared"])[:, 1:].max() > 1e-3
 
 
+def test_noise_can_be_kept_to_some_layers():
+  outs = {}
+  for numbers in ((), (0, 1, 2), (0,), (2,)):
+    model, params = build(dataclasses.replace(SMALL, noise_layers=numbers))
+    outs[numbers] = model.apply({"params": params}, TOKENS, noise=noise())
+  clean = model.apply({"params": params}, TOKENS)
+  np.testing.assert_array_equal(outs[()], outs[(0, 1, 2)])
+  for one, other in ((outs[(0,)], outs[(2,)]), (outs[(2,)], clean)):
+    assert np.abs(one - other)[:, 1:].max() > 1e-3
+  # Fails if: layers without noise are given some.
+
+
 def test_a_layer_s_key_depends_on_its_number_and_the_example():
   keys = jax.random.split(jax.random.key(9), 3)
   words = {
