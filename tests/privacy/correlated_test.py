@@ -273,7 +273,10 @@ def test_accounting_is_that_of_a_sampled_gaussian_per_turn(accountant):
   assert claim["noise_mechanism"] == "BANDED"
   assert claim["num_bands"] == claim["steps_per_release"] == 4
   assert claim["sampler"] == "CYCLIC_POISSON"
-  assert "CYCLIC_POISSON sampling, noise of 4 bands, " in claim["guarantee"]
+  assert (
+    f"CYCLIC_POISSON sampling, {accountant.name} accountant, noise of 4 bands"
+    in claim["guarantee"]
+  )
   assert "stays empty" in claim["guarantee"]
   # Fails if: the correlated noise is accounted for as independent noise.
 
