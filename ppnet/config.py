@@ -10,9 +10,8 @@ write to them). This module imports neither JAX nor NumPy.
 
 import dataclasses
 import enum
-import re
 
-from ppnet import config_attention, model_config
+from ppnet import config_attention, data_config, model_config
 from ppnet.core import checks
 
 # What concerns attention has a file of its own, and its names here.
@@ -31,11 +30,17 @@ AudioStemConfig = model_config.AudioStemConfig
 ModelConfig = model_config.ModelConfig
 llama_tiny = model_config.llama_tiny
 PROJECTIONS = model_config.PROJECTIONS
-
-# In the order in which they stand before the prompt. A name is the key of the
-# record's media, the field of `ModelConfig` that shapes its stem, and the
-# spelling of its placeholder token, "<name>".
-MODALITIES = ("image", "audio")
+# What concerns the data, likewise.
+MODALITIES = data_config.MODALITIES
+Source = data_config.Source
+Task = data_config.Task
+TokenizerKind = data_config.TokenizerKind
+BadRecord = data_config.BadRecord
+AudioFeature = data_config.AudioFeature
+AudioConfig = data_config.AudioConfig
+DataConfig = data_config.DataConfig
+num_audio_frames = data_config.num_audio_frames
+is_augmented = data_config.is_augmented
 
 
 class Job(enum.Enum):
@@ -50,27 +55,6 @@ class Job(enum.Enum):
   BENCHMARK = "benchmark"
   ACCOUNT = "account"
   GENERATE = "generate"
-
-
-class Source(enum.Enum):
-  """Where records come from."""
-
-  DIGITS = "digits"  # scikit-learn's bundled digits, each with a DTMF key tone.
-  IMAGE_FOLDER = "image_folder"  # <path>/{train,test}/<class name>/<file>.
-
-
-class BadRecord(enum.Enum):
-  """What happens to a record that cannot be decoded."""
-
-  RAISE = "raise"
-  SKIP = "skip"  # Contributes exactly zero; counted and reported.
-
-
-class AudioFeature(enum.Enum):
-  """What the audio stem sees."""
-
-  LOG_MEL = "log_mel"
-  MFCC = "mfcc"
 
 
 class Clipping(enum.Enum):
@@ -168,74 +152,6 @@ class BenchSubject(enum.Enum):
 
   ENGINES = "engines"  # The clipped sum, by each engine and by other libraries.
   ATTENTION = "attention"  # Attention with noise, by kernels and reference.
-
-
-@dataclasses.dataclass(slots=True, kw_only=True)
-class AudioConfig:
-  """How a recording becomes frames.
-
-  Attributes:
-    sample_rate_hz: recordings are resampled to this rate.
-    max_secs: longer recordings are cut, shorter ones padded with silence.
-    window_secs: length of the (periodic Hann) STFT window.
-    hop_secs: distance between frames.
-    num_mels: mel bands between `min_hz` and `max_hz`.
-    num_mfcc: cepstral coefficients kept when `feature` is MFCC.
-    min_hz: lower edge of the first band.
-    max_hz: upper edge of the last band.
-    feature: LOG_MEL or MFCC.
-  """
-
-  sample_rate_hz: int = 8000
-  max_secs: float = 0.4
-  window_secs: float = 0.032
-  hop_secs: float = 0.016
-  num_mels: int = 40
-  num_mfcc: int = 20
-  min_hz: float = 300.0
-  max_hz: float = 4000.0
-  feature: AudioFeature = AudioFeature.LOG_MEL
-
-
-@dataclasses.dataclass(slots=True, kw_only=True)
-class DataConfig:
-  """What the records are and how they become arrays.
-
-  Attributes:
-    source: where records come from.
-    path: folder of an IMAGE_FOLDER source.
-    user_pattern: regular expression with one group, the user, that matches all
-      of `<class>/<file>` of every training picture. Empty: no users.
-    prepared_dir: where PREPARE writes (and TRAIN reads) ArrayRecord files, the
-      tokenizer and `dataset.json`. Empty: `<workdir>/prepared`.
-    test_fraction: share of DIGITS held out for testing.
-    split_seed: fixes the DIGITS split and its key tones.
-    prompt: public text put after the picture and the sound.
-    vocab_size: SentencePiece vocabulary, special tokens and answers included.
-    image_size: height and width in pixels after resizing.
-    image_channels: 1 (grey) or 3 (RGB).
-    pixel_mean: public constant, subtracted after min-max scaling to [0, 1].
-    pixel_std: public constant, divided by after `pixel_mean`.
-    audio: how recordings become frames; ignored where a source has none.
-    on_bad_record: RAISE names the record; SKIP counts it and goes on.
-    cache: keep decoded records in memory (small data sets).
-  """
-
-  source: Source = Source.DIGITS
-  path: str = ""
-  user_pattern: str = ""
-  prepared_dir: str = ""
-  test_fraction: float = 0.2
-  split_seed: int = 0
-  prompt: str = "Which digit is written and dialled?"
-  vocab_size: int = 96
-  image_size: int = 8
-  image_channels: int = 1
-  pixel_mean: float = 0.5
-  pixel_std: float = 0.5
-  audio: AudioConfig = dataclasses.field(default_factory=AudioConfig)
-  on_bad_record: BadRecord = BadRecord.RAISE
-  cache: bool = True
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -344,7 +260,8 @@ class TrainConfig:
     expected_batch_size: public divisor of the noisy sum, in privacy units; with
       Poisson sampling the realised size varies around it.
     views_per_example: views of each drawn record, whose mean gradient is
-      clipped (augmentation multiplicity). They differ by their attention noise.
+      clipped (augmentation multiplicity). They differ by what the random
+      transformations drew, and by their attention noise.
     eval_every_steps: evaluate on the test split every so many steps.
     checkpoint_every_steps: save every so many steps, and at the end.
     checkpoints_to_keep: older checkpoints are deleted.
@@ -382,12 +299,14 @@ class PerfConfig:
     engine: how the clipped sum is computed.
     microbatch_size: privacy units per compiled call.
     data_threads: threads that decode and batch.
+    data_workers: processes that do, each with so many threads; 0: this one.
     prefetch_steps: steps of data kept ready.
   """
 
   engine: Engine = Engine.AUTO
   microbatch_size: int = 64
   data_threads: int = 1
+  data_workers: int = 0
   prefetch_steps: int = 2
 
 
@@ -492,14 +411,6 @@ class ExperimentConfig:
   generate: GenerateConfig = dataclasses.field(default_factory=GenerateConfig)
 
 
-def num_audio_frames(audio: AudioConfig) -> int:
-  """STFT frames of one recording: whole windows only, no padding."""
-  samples = round(audio.max_secs * audio.sample_rate_hz)
-  window = round(audio.window_secs * audio.sample_rate_hz)
-  hop = round(audio.hop_secs * audio.sample_rate_hz)
-  return 1 + (samples - window) // hop
-
-
 def num_media_tokens(config: ExperimentConfig) -> dict[str, int]:
   """Tokens that each modality with a stem takes in the decoder."""
   counts = {}
@@ -526,7 +437,9 @@ def validate(config: ExperimentConfig) -> None:
   _validate_privacy(config.privacy)
   _validate_account(config.account)
   _validate_units(config)
-  _validate_data(config)
+  data_config.validate(
+    config.data, max_seq_len=config.model.decoder.max_seq_len
+  )
   _validate_model(config)
   _validate_training(config)
 
@@ -604,92 +517,22 @@ def _validate_units(config: ExperimentConfig) -> None:
   views = config.train.views_per_example
   checks.positive(**{"train.views_per_example": views})
   has_users = config.privacy.unit is PrivacyUnit.USER
-  if views > 1 and config.attention_noise.stddev == 0:
+  told_apart = config.attention_noise.stddev or data_config.is_augmented(
+    config.data
+  )
+  if views > 1 and not told_apart:
     checks.fail(
       "something that tells the views of an example apart",
-      "Equal views cost their number and change nothing. Set"
-      " --config.attention_noise.stddev, or one view.",
+      "Equal views cost their number and change nothing. Put an augmentation"
+      " into data.image_transforms or data.audio_transforms, set"
+      " --config.attention_noise.stddev, or take one view.",
       **{"train.views_per_example": views},
     )
-  pattern = config.data.user_pattern
-  if has_users and not pattern:
-    checks.fail(
-      "data.user_pattern to say whose each record is, for privacy.unit=USER",
-      "The digits have no users: use source IMAGE_FOLDER, and for files named"
-      " <user>_<number>.jpg --config.data.user_pattern='[^/]*/([^_]*)_.*'.",
-      **{"data.source": config.data.source.name, "data.user_pattern": pattern},
-    )
+  data_config.validate_users(config.data, has_users=has_users)
   if not has_users and config.privacy.max_records_per_user != 1:
     checks.fail(
       "privacy.unit=USER with privacy.max_records_per_user",
       max_records_per_user=config.privacy.max_records_per_user,
-    )
-  if pattern and config.data.source is not Source.IMAGE_FOLDER:
-    checks.fail(
-      "data.user_pattern with source IMAGE_FOLDER alone",
-      **{"data.source": config.data.source.name},
-    )
-  try:
-    groups = re.compile(pattern).groups
-  except re.error as error:
-    groups = str(error)
-  if pattern and groups != 1:
-    checks.fail(
-      "data.user_pattern to be a regular expression with one group",
-      **{"groups": groups, "data.user_pattern": pattern},
-    )
-
-
-def _validate_data(config: ExperimentConfig) -> None:
-  data = config.data
-  checks.in_open_unit_interval(**{"data.test_fraction": data.test_fraction})
-  checks.positive(
-    **{
-      "data.vocab_size": data.vocab_size,
-      "data.image_size": data.image_size,
-      "data.pixel_std": data.pixel_std,
-    }
-  )
-  if data.image_channels not in (1, 3):
-    checks.fail(
-      "data.image_channels to be 1 (grey) or 3 (RGB)",
-      **{"data.image_channels": data.image_channels},
-    )
-  if data.source is Source.IMAGE_FOLDER and not data.path:
-    checks.fail(
-      "data.path to name a folder with train/<class>/ and test/<class>/",
-      "Set --config.data.path=DIR.",
-      **{"data.path": data.path},
-    )
-  audio = data.audio
-  checks.positive(
-    **{
-      "data.audio.sample_rate_hz": audio.sample_rate_hz,
-      "data.audio.window_secs": audio.window_secs,
-      "data.audio.hop_secs": audio.hop_secs,
-      "data.audio.num_mels": audio.num_mels,
-      "data.audio.num_mfcc": audio.num_mfcc,
-    }
-  )
-  if audio.max_secs < audio.window_secs:
-    checks.fail(
-      "data.audio.max_secs >= data.audio.window_secs",
-      "A recording must hold at least one window.",
-      max_secs=audio.max_secs,
-      window_secs=audio.window_secs,
-    )
-  if audio.num_mfcc > audio.num_mels:
-    checks.fail(
-      "data.audio.num_mfcc <= data.audio.num_mels",
-      num_mfcc=audio.num_mfcc,
-      num_mels=audio.num_mels,
-    )
-  if not 0 <= audio.min_hz < audio.max_hz <= audio.sample_rate_hz / 2:
-    checks.fail(
-      "0 <= data.audio.min_hz < data.audio.max_hz <= sample_rate_hz / 2",
-      min_hz=audio.min_hz,
-      max_hz=audio.max_hz,
-      sample_rate_hz=audio.sample_rate_hz,
     )
 
 
@@ -771,6 +614,7 @@ def _validate_training(config: ExperimentConfig) -> None:
   )
   checks.non_negative(
     **{
+      "perf.data_workers": config.perf.data_workers,
       "optimizer.warmup_steps": optimizer.warmup_steps,
       "optimizer.weight_decay": optimizer.weight_decay,
     }

@@ -31,7 +31,7 @@ from ppnet import config_args, sweep
 from ppnet.audit import run as audit
 from ppnet.bench import attention, engines
 from ppnet.core import checks, prng, records, workdirs
-from ppnet.data import prepare, text
+from ppnet.data import layout, prepare, text, tokenizers
 from ppnet.models import generate, hf, lora, multimodal
 from ppnet.privacy import budget, input_privacy, ledger
 from ppnet.report import budget as budget_figures
@@ -205,7 +205,7 @@ def generate_text(
 class _Given:
   """A model and what it is to continue."""
 
-  tokenizer: text.Tokenizer | text.PretrainedTokenizer
+  tokenizer: text.PretrainedTokenizer | tokenizers.Tokenizer
   model: multimodal.PPNet
   params: Any
   prompts: list[list[int]]
@@ -254,7 +254,7 @@ def _checkpoint(
       checks.fail(
         "a test record that can be read", num_records=options.num_records
       )
-    prompts = [row["tokens"].tolist() for row in rows]
+    prompts = [layout.given_tokens(row, config.data.task) for row in rows]
     media = {
       name: np.stack([row[name] for row in rows])
       for name in config_lib.MODALITIES
@@ -308,7 +308,7 @@ def _plan(experiment: loop.Experiment) -> str:
       + " and ".join(
         f"{count} {name}"
         for name, count in config_lib.num_media_tokens(config).items()
-        if name in experiment.card.modalities
+        if name in experiment.card.media
       )
       + " tokens each",
       f"model: {experiment.program.num_parameters:,} parameters on"

@@ -19,8 +19,8 @@ def loss_attack(
     experiment: from `train.loop.open_experiment`.
     params: trained parameters on the program's mesh.
   """
-  member_losses, _, _ = loop.predictions(experiment, params, split="train")
-  other_losses, _, _ = loop.predictions(experiment, params, split="test")
+  members = loop.predictions(experiment, params, split="train")
+  others = loop.predictions(experiment, params, split="test")
   return attacks.threshold_attack(
-    -member_losses, -other_losses, attack="loss_threshold"
+    -members.losses, -others.losses, attack="loss_threshold"
   )

@@ -40,11 +40,12 @@ import tqdm
 from ppnet import config as config_lib
 from ppnet.bench import measure, peers, torch_llama
 from ppnet.core import checks, param_ops, prng, records, trees, workdirs
-from ppnet.data import pipeline, prepare, text
+from ppnet.data import pipeline, prepare, tokenizers
 from ppnet.models import llama, multimodal
 from ppnet.privacy import clipping
 from ppnet.train import loop
 from ppnet.train import losses as losses_lib
+from ppnet.train import step as step_lib
 
 PyTree = Any
 
@@ -291,9 +292,7 @@ def _own_subject(
   """The configuration's own network and its first training records."""
   folder = loop.prepared_dir(config, workdir)
   card = prepare.prepare(config.data, folder)
-  tokenizer = text.Tokenizer.load(
-    folder / prepare.TOKENIZER_NAME, class_names=card.class_names
-  )
+  tokenizer = tokenizers.load(config.data, folder, class_names=card.class_names)
   rows = next(
     pipeline.eval_batches(
       pipeline.examples(config, folder, split="train"),
@@ -306,7 +305,7 @@ def _own_subject(
   batch = {
     name: jnp.asarray(rows[name])
     for name in rows
-    if name not in ("index", "is_padding_example", "label")
+    if name not in step_lib.NOT_FOR_THE_LOSS
   } | {
     "key_data": jax.random.key_data(
       prng.per_record(stem, jnp.asarray(rows["index"]))

@@ -24,7 +24,9 @@ def to_plain(value: Any) -> Any:
   has none of them, and a record without a guarantee must say epsilon = "inf".
   """
   if dataclasses.is_dataclass(value) and not isinstance(value, type):
-    return {
+    # One of several kinds that a field may hold says which it is.
+    tag = {"type": type(value).__name__} if hasattr(value, "kind") else {}
+    return tag | {
       field.name: to_plain(getattr(value, field.name))
       for field in dataclasses.fields(value)
     }

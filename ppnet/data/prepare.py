@@ -23,7 +23,7 @@ import fcntl
 import hashlib
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -32,10 +32,10 @@ from array_record.python import array_record_module
 
 from ppnet import config as config_lib
 from ppnet.core import checks, records, workdirs
-from ppnet.data import audio, image, sources, text
+from ppnet.data import audio, image, sources, text, tokenizers
 
 CARD_NAME = "dataset.json"
-TOKENIZER_NAME = "tokenizer.model"
+TOKENIZER_NAME = tokenizers.FILE_NAME
 
 # These do not change what is prepared.
 _FIELDS_THAT_MAY_DIFFER = (
@@ -43,9 +43,13 @@ _FIELDS_THAT_MAY_DIFFER = (
   "cache",
   "prepared_dir",
   "user_pattern",
+  "lengths",
+  "image_transforms",
+  "audio_transforms",
+  "augmentation_seed",
 )
 _TEMPORARY_PREFIX = ".unfinished-"
-_CARD_VERSION = 1
+_CARD_VERSION = 2
 
 _DIGITS_ORIGIN = (
   "Pictures: the test part of Optical Recognition of Handwritten Digits"
@@ -71,10 +75,13 @@ class Card:
     class_names: the label is a position in it.
     num_train: records of the train split.
     num_test: records of the test split.
-    modalities: what records hold beside the text, of `config.MODALITIES`.
+    media: modality, of `config.MODALITIES`, to the fewest and the most items
+      that a record holds; a modality that no record has is left out.
+    has_text: whether records have a text or an answer of their own.
     origin: where the data come from.
     licence: under what terms.
     prompt: the public text of every example.
+    tokenizer: what the tokenizer learnt from.
     normalisation: how the statistics for normalising were obtained.
     sha256: file name -> hash, for the files in the folder.
     data: the `DataConfig` it was made from, as plain JSON values.
@@ -85,10 +92,12 @@ class Card:
   class_names: tuple[str, ...]
   num_train: int
   num_test: int
-  modalities: tuple[str, ...]
+  media: Mapping[str, tuple[int, int]]
+  has_text: bool
   origin: str
   licence: str
   prompt: str
+  tokenizer: str
   normalisation: str
   sha256: Mapping[str, str]
   data: Mapping[str, Any]
@@ -119,8 +128,9 @@ class Card:
         fields=sorted(value),
       )
     fields: dict[str, Any] = dict(value)
-    for name in ("class_names", "modalities"):  # JSON has no tuples.
-      fields[name] = tuple(value[name])
+    # JSON has no tuples.
+    fields["class_names"] = tuple(value["class_names"])
+    fields["media"] = {name: tuple(n) for name, n in value["media"].items()}
     return cls(**fields)
 
 
@@ -149,7 +159,7 @@ def check_same_config(
   """Raises `ValueError`, naming the fields, if the card is of another config.
 
   Fields that do not change what is prepared (`on_bad_record`, `cache`,
-  `prepared_dir`, `user_pattern`) may differ.
+  `prepared_dir`, `user_pattern`, the transformations, ...) may differ.
   """
   differing = workdirs.differences(card.data, _config_to_json(config))
   if differing:
@@ -222,10 +232,13 @@ def _prepare_digits(
     label = int(labels[index])
     return sources.Record(
       id=f"digits-{index:04d}",
-      image=image.encode_png(digit_to_pixels(levels[index].reshape(8, 8))),
-      audio=_key_tone(label, index, config=config),
+      media={
+        "image": (
+          image.encode_png(digit_to_pixels(levels[index].reshape(8, 8))),
+        ),
+        "audio": (_key_tone(label, index, config=config),),
+      },
       label=label,
-      user=None,
     )
 
   class_names = tuple(str(name) for name in np.unique(labels))
@@ -252,10 +265,12 @@ def _prepare_digits(
     class_names=class_names,
     num_train=len(train),
     num_test=len(test),
-    modalities=("image", "audio"),
+    media={"image": (1, 1), "audio": (1, 1)},
+    has_text=False,
     origin=_DIGITS_ORIGIN,
     licence=_DIGITS_LICENCE,
     prompt=config.prompt,
+    tokenizer=_TOKENIZER_ORIGINS[config.tokenizer],
     normalisation=_NORMALISATION,
     sha256={
       **{name: _sha256(out_dir / name) for name in names.values()},
@@ -277,10 +292,12 @@ def _prepare_image_folder(
     class_names=train.class_names,
     num_train=len(train),
     num_test=len(test),
-    modalities=("image",),
+    media={"image": (1, 1)},
+    has_text=False,
     origin=f"The folder {folder}, read in place.",
     licence=_FOLDER_LICENCE,
     prompt=config.prompt,
+    tokenizer=_TOKENIZER_ORIGINS[config.tokenizer],
     normalisation=_NORMALISATION,
     sha256=_write_tokenizer(config, out_dir, class_names=train.class_names),
     data=_config_to_json(config),
@@ -309,19 +326,65 @@ def _key_tone(
   return audio.encode_wav(waveform, sample_rate_hz=config.audio.sample_rate_hz)
 
 
+_TOKENIZER_ORIGINS = {
+  config_lib.TokenizerKind.PUBLIC: (
+    "SentencePiece, trained on public sentences and the prompt."
+  ),
+  config_lib.TokenizerKind.BYTES: "One token per UTF-8 byte.",
+  config_lib.TokenizerKind.FILE: "A published SentencePiece model.",
+  config_lib.TokenizerKind.PRIVATE: (
+    "SentencePiece, trained on the training records. The guarantee does not"
+    " cover what its vocabulary says of them."
+  ),
+}
+
+
 def _write_tokenizer(
   config: config_lib.DataConfig,
   out_dir: pathlib.Path,
   *,
   class_names: tuple[str, ...],
+  private_sentences: Callable[[], Iterable[str]] | None = None,
 ) -> dict[str, str]:
-  """Trains and writes the tokenizer; returns its file name and hash."""
-  content = text.train_tokenizer(
-    text.public_sentences(config.prompt),
-    vocab_size=config.vocab_size,
-    class_names=class_names,
-    model_path=out_dir / TOKENIZER_NAME,
-  )
+  """Makes and writes the tokenizer; returns its file's name and hash.
+
+  Args:
+    config: which kind.
+    out_dir: the prepared folder.
+    class_names: each has a piece of its own.
+    private_sentences: gives the training records' texts, for PRIVATE.
+  """
+  kind = config.tokenizer
+  if kind is config_lib.TokenizerKind.BYTES:
+    return {}  # There is nothing to write.
+  path = out_dir / TOKENIZER_NAME
+  if kind is config_lib.TokenizerKind.FILE:
+    published = pathlib.Path(config.tokenizer_path)
+    if not published.is_file():
+      checks.fail(
+        "config.data.tokenizer_path to be a file",
+        "It is the `tokenizer.model` of a published Llama or Mistral.",
+        tokenizer_path=config.tokenizer_path,
+      )
+    content = published.read_bytes()
+    tokenizers.PublishedTokenizer(content, class_names=class_names)  # Or raise.
+    records.write_bytes(path, content)
+  else:
+    sentences: Iterable[str] = text.public_sentences(config.prompt)
+    if kind is config_lib.TokenizerKind.PRIVATE:
+      if private_sentences is None:
+        checks.fail(
+          "a source with texts for data.tokenizer=PRIVATE",
+          "Take PUBLIC or BYTES.",
+          **{"data.source": config.source.name},
+        )
+      sentences = private_sentences()
+    content = text.train_tokenizer(
+      sentences,
+      vocab_size=config.vocab_size,
+      class_names=class_names,
+      model_path=path,
+    )
   return {TOKENIZER_NAME: hashlib.sha256(content).hexdigest()}
 
 

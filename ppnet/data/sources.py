@@ -5,15 +5,16 @@ so that reading is separate from decoding. Two are here: ArrayRecord files
 written by PREPARE, and a folder of pictures read in place.
 
 >>> source = ImageFolderSource("/data/pets", split="train")  # doctest: +SKIP
->>> source[0]["id"], source.class_names  # doctest: +SKIP
+>>> source[0].id, source.class_names  # doctest: +SKIP
 ('train/cat/001.jpg', ('cat', 'dog'))
 """
 
+import dataclasses
 import os
 import pathlib
 import re
-from collections.abc import Sequence
-from typing import Protocol, SupportsIndex, TypedDict
+from collections.abc import Mapping, Sequence
+from typing import Protocol, SupportsIndex
 
 import grain
 import msgpack
@@ -23,22 +24,29 @@ from ppnet.core import checks
 SPLITS = ("train", "test")
 
 
-class Record(TypedDict):
-  """One record, as it is stored.
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Record:
+  """One record as it is stored: what is media is still encoded.
 
   Attributes:
     id: names the record in messages; unique within the data set.
-    image: an encoded picture (PNG, JPEG, ...), or None.
-    audio: an encoded recording (WAV, FLAC, ...), or None.
-    label: position in the data set's class names.
+    media: modality, of `config.MODALITIES`, to its encoded items in order:
+      pictures (PNG, JPEG, ...), recordings (WAV, FLAC, ...). One that the
+      record lacks is left out.
+    text: what is read after the public prompt; may be empty.
+    answer: what is to be written, where it is no class.
+    label: position in the data set's class names; None where there are none.
     user: whose record it is, where the source knows; None where it does not.
   """
 
   id: str
-  image: bytes | None
-  audio: bytes | None
-  label: int
-  user: str | None
+  media: Mapping[str, tuple[bytes, ...]] = dataclasses.field(
+    default_factory=dict
+  )
+  text: str = ""
+  answer: str = ""
+  label: int | None = None
+  user: str | None = None
 
 
 class BadRecordError(ValueError):
@@ -79,33 +87,43 @@ class Source(Protocol):
 
 def encode_record(record: Record) -> bytes:
   """Returns the record as msgpack, the form that PREPARE writes."""
-  content = msgpack.packb(dict(record))
+  # Not `dataclasses.asdict`: it would copy what is large.
+  content = msgpack.packb([getattr(record, name) for name in _FIELDS])
   assert content is not None  # Only a streaming packer returns nothing.
   return content
+
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(Record))
 
 
 def decode_record(content: bytes, *, fallback_id: str) -> Record:
   """Reads a record written by `encode_record`.
 
   Args:
-    content: one msgpack map with the fields of `Record`.
+    content: one msgpack list, the fields of `Record` in order.
     fallback_id: names the record in the error if the bytes do not.
 
   Raises:
-    BadRecordError: the bytes are not such a map.
+    BadRecordError: the bytes are not such a list.
   """
   try:
-    fields = msgpack.unpackb(content)
+    name, media, text, answer, label, user = msgpack.unpackb(content)
     return Record(
-      id=fields["id"],
-      image=fields["image"],
-      audio=fields["audio"],
-      label=fields["label"],
-      user=fields.get("user"),  # Absent where there are no users.
+      id=name,
+      media={modality: tuple(items) for modality, items in media.items()},
+      text=text,
+      answer=answer,
+      label=label,
+      user=user,
     )
-  except (ValueError, KeyError, TypeError, msgpack.UnpackException) as error:
+  except (
+    ValueError,
+    TypeError,
+    AttributeError,
+    msgpack.UnpackException,
+  ) as error:
     raise BadRecordError(
-      fallback_id, f"its msgpack map is damaged ({error!r})."
+      fallback_id, f"its msgpack list is damaged ({error!r})."
     ) from error
 
 
@@ -148,7 +166,7 @@ class ArrayRecordSource:
 
   def user(self, index: SupportsIndex) -> str | None:
     """Whose the record is; see `Source`."""
-    return self[index]["user"]
+    return self[index].user
 
   @property
   def description(self) -> str:
@@ -227,8 +245,7 @@ class ImageFolderSource:
       ) from error
     return Record(
       id=record_id,
-      image=content,
-      audio=None,
+      media={"image": (content,)},
       label=label,
       user=self.user(index),
     )

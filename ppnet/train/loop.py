@@ -14,7 +14,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -22,7 +22,8 @@ import tqdm
 
 from ppnet import config as config_lib
 from ppnet.core import checks, prng
-from ppnet.data import pipeline, prepare, sources, text
+from ppnet.data import examples as examples_lib
+from ppnet.data import pipeline, prepare, sources, tokenizers
 from ppnet.privacy import correlated, input_privacy
 from ppnet.privacy import ledger as ledger_lib
 from ppnet.privacy import mechanism as mechanism_lib
@@ -50,17 +51,24 @@ class Experiment:
       evaluation decoded the next one finds.
     bad_records: counts what could not be decoded.
     users: whose records are whose; None where the unit is an example.
+    training: the train split with its random transformations.
   """
 
   config: config_lib.ExperimentConfig
   workdir: pathlib.Path
   card: prepare.Card
-  tokenizer: text.Tokenizer
+  tokenizer: tokenizers.Tokenizer
   mechanism: mechanism_lib.Mechanism
   program: program_lib.Program
-  datasets: Mapping[str, Any]
-  bad_records: pipeline.BadRecords
+  datasets: Mapping[str, examples_lib.Examples]
+  training: examples_lib.Examples
+  bad_records: examples_lib.BadRecords
   users: pipeline.Users | None
+
+  def note_bad_records(self, causes: Mapping[str, str]) -> None:
+    """Adds what a part of the pipeline could not decode."""
+    for record_id, cause in causes.items():
+      self.bad_records.add(record_id, cause)
 
   def claimed(self, charged_steps: int) -> dict[str, Any]:
     """What a record of this run says of its privacy, after so many charges."""
@@ -128,10 +136,10 @@ def open_experiment(
   mechanism = mechanism_lib.build(
     config, card.num_train if by_user is None else len(by_user)
   )
-  tokenizer = text.Tokenizer.load(
-    folder / prepare.TOKENIZER_NAME, class_names=card.class_names
-  )
-  bad_records = pipeline.BadRecords()
+  datasets = {
+    split: pipeline.examples(config, folder, split=split)
+    for split in sources.SPLITS
+  }
   # Shapes only: skipping keeps a bad first record from ending the run here.
   probe = dataclasses.replace(
     config,
@@ -140,6 +148,7 @@ def open_experiment(
     ),
   )
   example = pipeline.examples(probe, folder, split="train")[0]
+  tokenizer = tokenizers.load(config.data, folder, class_names=card.class_names)
   return Experiment(
     config=config,
     workdir=workdir,
@@ -153,13 +162,13 @@ def open_experiment(
       placeholder_ids=tokenizer.placeholder_ids,
       devices=devices,
     ),
-    datasets={
-      split: pipeline.examples(
-        config, folder, split=split, bad_records=bad_records
-      )
-      for split in sources.SPLITS
-    },
-    bad_records=bad_records,
+    datasets=datasets,
+    training=(
+      pipeline.examples(config, folder, split="train", augmented=True)
+      if config_lib.is_augmented(config.data)
+      else datasets["train"]  # What it decoded, evaluations find.
+    ),
+    bad_records=examples_lib.BadRecords(),
     users=(
       None
       if by_user is None or mechanism.records is None
@@ -199,44 +208,81 @@ def train(
     run.close()
 
 
+class Predictions(NamedTuple):
+  """What a model says of the readable records of a split, in order.
+
+  Attributes:
+    losses: task loss of each record, f32[n]: the mean over the tokens that
+      count, nats.
+    num_targets: how many those are, i64[n].
+    logits: at the answer's position, f32[n, V], under CLASSIFY; else None.
+    labels: i32[n], under CLASSIFY; else None.
+    num_bytes: of the text that counts, i32[n]; None under CLASSIFY.
+  """
+
+  losses: np.ndarray
+  num_targets: np.ndarray
+  logits: np.ndarray | None
+  labels: np.ndarray | None
+  num_bytes: np.ndarray | None
+
+
 def evaluate(
   experiment: Experiment, params: Any, *, split: str = "test"
 ) -> dict[str, float]:
-  """Loss, accuracy, macro F1 and AUC over one split.
+  """Scores over one split.
 
   Args:
     experiment: from `open_experiment`.
     params: parameters on the program's mesh.
     split: "train" or "test".
+
+  Returns:
+    The loss; with accuracy, macro F1 and AUC under CLASSIFY, and bits per byte
+    and perplexity under the other tasks.
   """
-  losses, logits, labels = predictions(experiment, params, split=split)
-  return {"loss": float(losses.mean())} | metrics.classification(
-    labels, logits, answer_ids=experiment.tokenizer.answer_ids
+  found = predictions(experiment, params, split=split)
+  scores = {"loss": float(found.losses.mean())}
+  if found.logits is not None and found.labels is not None:
+    return scores | metrics.classification(
+      found.labels, found.logits, answer_ids=experiment.tokenizer.answer_ids
+    )
+  assert found.num_bytes is not None
+  return scores | metrics.language(
+    found.losses, num_targets=found.num_targets, num_bytes=found.num_bytes
   )
 
 
 def predictions(
   experiment: Experiment, params: Any, *, split: str
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Per-record losses f32[n], answer logits f32[n, V] and labels i32[n].
-
-  Every readable record of the split once, in order.
-  """
+) -> Predictions:
+  """Every readable record of the split once, in order."""
   program = experiment.program
-  rows = []
+  dataset = experiment.datasets[split]
+  rows: dict[str, list[np.ndarray]] = {}
   for batch in pipeline.eval_batches(
-    experiment.datasets[split],
-    batch_size=experiment.config.perf.microbatch_size,
+    dataset, batch_size=experiment.config.perf.microbatch_size
   ):
     real = ~batch["is_padding_example"]
     loss, logits = jax.device_get(
       program.evaluate(params, program.put_batch(batch), program.root_key)
     )
-    rows.append((loss[real], logits[real], batch["label"][real]))
-  losses, logits, labels = (
-    np.concatenate(part) for part in zip(*rows, strict=True)
-  )
-  return losses, logits, labels
+    found = {
+      "losses": loss,
+      "num_targets": batch["loss_mask"].sum(axis=1).astype(np.int64),
+      "logits": logits,
+      "labels": batch.get("label"),
+      "num_bytes": batch.get("num_bytes"),
+    }
+    for name, value in found.items():
+      if value is not None:
+        rows.setdefault(name, []).append(value[real])
+  experiment.note_bad_records(dataset.bad_records.causes)
+  whole: dict[str, Any] = {
+    name: np.concatenate(rows[name]) if name in rows else None
+    for name in Predictions._fields
+  }
+  return Predictions(**whole)
 
 
 def restore(
@@ -277,20 +323,23 @@ class _Run:
       experiment.workdir / "checkpoints",
       keep=config.train.checkpoints_to_keep,
     )
+    self.state, self._ledger = self._start()
+    self._start_step = int(jax.device_get(self.state.step))
     self._steps_data = iter(
       pipeline.train_steps(
-        experiment.datasets["train"],
+        experiment.training,
         draw=self._mechanism.sampler.draw,
         num_steps=config.train.num_steps,
+        start_step=self._start_step,
         microbatch_size=config.perf.microbatch_size,
         num_threads=config.perf.data_threads,
+        num_workers=config.perf.data_workers,
         prefetch_steps=config.perf.prefetch_steps,
         users=experiment.users,
         num_views=config.train.views_per_example,
       )
     )
-    self.state, self._ledger = self._start()
-    self._start_step = int(jax.device_get(self.state.step))
+    self._waited_secs = 0.0
     self._step = self._start_step
     self._noise_key = self._program.put(
       prng.root(mechanism_lib.noise_root_entropy(config))
@@ -331,7 +380,6 @@ class _Run:
         checkpoint=position["charged_steps"],
         ledger=ledger.charged_steps,
       )
-    self._steps_data.set_state(position["data"])
     return state, ledger
 
   def _start_noise(self) -> Any:
@@ -365,8 +413,9 @@ class _Run:
     )
     pending = None
     with bar:
-      for data in self._steps_data:
+      for data in self._timed(self._steps_data):
         step = data["step"]
+        self._experiment.note_bad_records(data["bad_records"])
         try:
           self._ledger.charge(step)
         except ledger_lib.BudgetExhausted as error:
@@ -375,7 +424,7 @@ class _Run:
           return True
         dispatched = self._dispatch(data)
         self._report(pending, bar)
-        pending = (step, self._ledger.epsilon, *dispatched)
+        pending = (step, self._ledger.epsilon, self._waited_secs, *dispatched)
         self._step = step + 1
         evaluating = self._step % train.eval_every_steps == 0
         saving = self._step % train.checkpoint_every_steps == 0
@@ -389,12 +438,22 @@ class _Run:
           self._save()
     return False
 
+  def _timed(self, steps: Iterator[Any]) -> Iterator[Any]:
+    """The same steps, noting how long the loop waits for each."""
+    while True:
+      began = time.perf_counter()
+      data = next(steps, None)
+      self._waited_secs = time.perf_counter() - began
+      if data is None:
+        return
+      yield data
+
   def _dispatch(self, data: Mapping[str, Any]) -> tuple[list[Any], Any]:
     """Sends one step to the device; returns its unfetched diagnostics."""
     program = self._program
     grad_sum = program.init_grad_sum(self.state.params)
     parts = []
-    for microbatch in _rows(data["microbatches"]):
+    for microbatch in data["microbatches"]:
       grad_sum, part = program.accumulate(
         grad_sum,
         self.state.params,
@@ -414,7 +473,7 @@ class _Run:
     """Fetches and writes a step's metrics; raises if they are not finite."""
     if pending is None:
       return
-    step, epsilon, parts, scalars = pending
+    step, epsilon, waited_secs, parts, scalars = pending
     parts, scalars = jax.device_get((parts, scalars))
     noise = self._config.attention_noise
     row = metrics.step_metrics(
@@ -433,6 +492,7 @@ class _Run:
         "epsilon": epsilon,
         "learning_rate": float(scalars["learning_rate"]),
         "examples_per_sec": rate,
+        "data_wait_secs": waited_secs,
       }
       | (
         {"clip_norm": float(scalars["clip_norm"])}
@@ -510,7 +570,8 @@ class _Run:
       self.state,
       step=self._step,
       position={
-        "data": self._steps_data.get_state(),
+        # Step t of the data is a function of t: this is all their state.
+        "data": {"next_step": self._step},
         "sampler": self._mechanism.claim()["sampler"],
         "charged_steps": self._ledger.charged_steps,
       },
@@ -542,10 +603,3 @@ class _Run:
     """Closes files and waits for saves."""
     self._writer.close()
     self._checkpoints.close()
-
-
-def _rows(microbatches: Mapping[str, np.ndarray]) -> Iterator[dict[str, Any]]:
-  """The microbatches of a step, one by one."""
-  count = len(next(iter(microbatches.values())))
-  for row in range(count):
-    yield {name: value[row] for name, value in microbatches.items()}

@@ -4,6 +4,7 @@ A number computed exactly from private examples is named `nonprivate/<name>`:
 the guarantee does not cover it. That includes every training loss.
 """
 
+import math
 import pathlib
 import warnings
 from collections.abc import Mapping, Sequence
@@ -137,6 +138,25 @@ def classification(
     "accuracy": float(sklearn.metrics.accuracy_score(labels, predicted)),
     "f1": float(f1),
     "auc_roc": float(auc),
+  }
+
+
+def language(
+  losses: np.ndarray, *, num_targets: np.ndarray, num_bytes: np.ndarray
+) -> dict[str, float]:
+  """Bits per byte and perplexity over all tokens together.
+
+  Bits per byte do not depend on how text is cut into tokens.
+
+  Args:
+    losses: mean over each record's tokens, nats, f32[n].
+    num_targets: tokens of each record, i64[n].
+    num_bytes: of each record's text, i32[n].
+  """
+  nats = float(np.sum(losses.astype(np.float64) * num_targets))
+  return {
+    "bits_per_byte": nats / math.log(2) / float(num_bytes.sum()),
+    "perplexity": math.exp(min(nats / float(num_targets.sum()), 700.0)),
   }
 
 

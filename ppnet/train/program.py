@@ -308,7 +308,7 @@ def _evaluate(
   *,
   model: multimodal.PPNet,
   noise_config: config_lib.AttentionNoiseConfig,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array | None]:
   """`step.evaluate` of trained and frozen parameters together."""
   return step_lib.evaluate(
     lora.combine(params, frozen or {}),

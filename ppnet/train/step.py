@@ -25,6 +25,15 @@ from ppnet.train import state as state_lib
 
 Leaf = Any
 
+# What tells rows apart and is no input of the network.
+NOT_FOR_THE_LOSS = (
+  "index",
+  "is_padding_example",
+  "label",
+  "num_bytes",
+  "view",
+)
+
 
 @functools.partial(
   jax.tree_util.register_dataclass,
@@ -152,7 +161,7 @@ def grad_batch(
   batch = {
     name: microbatch[name]
     for name in microbatch
-    if name not in ("index", "is_padding_example", "label", "view")
+    if name not in NOT_FOR_THE_LOSS
   }
   return batch | {"key": keys}
 
@@ -271,7 +280,7 @@ def evaluate(
   *,
   model: Any,
   noise_config: Any,
-) -> tuple[Float[Array, " B"], Float[Array, "B V"]]:
+) -> tuple[Float[Array, " B"], Float[Array, "B V"] | None]:
   """Losses and answer logits of one batch.
 
   Args:
@@ -283,7 +292,8 @@ def evaluate(
     noise_config: attention noise.
 
   Returns:
-    Task loss per example and logits at the answer position.
+    Task loss per example, and logits at the answer position where there is one
+    (a batch with "label").
   """
   noise = None
   if noise_config.at_evaluation:
@@ -293,4 +303,6 @@ def evaluate(
     )
   logits = losses_lib.predict(model, params, batch, noise=noise)
   loss = losses_lib.cross_entropy(logits, batch["targets"], batch["loss_mask"])
+  if "label" not in batch:
+    return loss, None
   return loss, losses_lib.answer_logits(logits, batch["loss_mask"])

@@ -43,41 +43,41 @@ def splits(digits_dir) -> dict[str, list[sources.Record]]:
 
 def test_split_is_stratified_and_every_digit_is_there_once(splits):
   digits = sklearn.datasets.load_digits()
-  ids = [record["id"] for split in splits.values() for record in split]
+  ids = [record.id for split in splits.values() for record in split]
   assert sorted(ids) == [f"digits-{i:04d}" for i in range(1797)]
   assert len(splits["test"]) == 360
-  share = np.bincount([r["label"] for r in splits["test"]]) / np.bincount(
+  share = np.bincount([r.label for r in splits["test"]]) / np.bincount(
     digits.target
   )
   np.testing.assert_allclose(share, 0.2, atol=0.005)
   for split in splits.values():
-    assert [record["id"] for record in split] == sorted(
-      record["id"] for record in split
+    assert [record.id for record in split] == sorted(
+      record.id for record in split
     )
 
 
 def test_pictures_and_labels_match_scikit_learn(splits):
   digits = sklearn.datasets.load_digits()
   for record in splits["test"]:
-    index = int(record["id"].removeprefix("digits-"))
-    with Image.open(io.BytesIO(record["image"])) as picture:
+    index = int(record.id.removeprefix("digits-"))
+    with Image.open(io.BytesIO(record.media["image"][0])) as picture:
       assert picture.format == "PNG"
       pixels = np.asarray(picture)
     np.testing.assert_array_equal(
       np.round(pixels / 255 * 16), digits.images[index]
     )
-    assert record["label"] == digits.target[index]
+    assert record.label == digits.target[index]
 
 
 def test_tone_is_that_of_the_label_and_of_the_index_alone(splits):
   for record in splits["train"][:40]:
     waveform, rate_hz = soundfile.read(
-      io.BytesIO(record["audio"]), dtype="float32"
+      io.BytesIO(record.media["audio"][0]), dtype="float32"
     )
     assert (rate_hz, waveform.shape) == (8000, (3200,))
-    index = int(record["id"].removeprefix("digits-"))
+    index = int(record.id.removeprefix("digits-"))
     expected = audio.dtmf_tone(
-      record["label"],
+      record.label,
       np.random.default_rng([0, index]),
       sample_rate_hz=8000,
       max_secs=0.4,
@@ -87,7 +87,7 @@ def test_tone_is_that_of_the_label_and_of_the_index_alone(splits):
 
 def test_no_two_tones_are_the_same(splits):
   hashes = {
-    hashlib.sha256(record["audio"]).digest()
+    hashlib.sha256(record.media["audio"][0]).digest()
     for split in splits.values()
     for record in split
   }
@@ -98,7 +98,7 @@ def test_card_describes_the_folder(digits_dir):
   card = prepare.read_card(digits_dir)
   assert card.class_names == tuple("0123456789")
   assert (card.num_records("train"), card.num_records("test")) == (1437, 360)
-  assert card.modalities == ("image", "audio")
+  assert card.media == {"image": (1, 1), "audio": (1, 1)}
   assert card.prompt == config_lib.DataConfig().prompt
   assert "CC BY" in card.licence
   assert set(card.sha256) | {"dataset.json"} == _FILES
@@ -151,10 +151,14 @@ def test_another_seed_changes_split_and_tones(digits_dir, splits, tmp_path):
   config = config_lib.DataConfig(split_seed=3, test_fraction=0.35)
   card = prepare.prepare(config, tmp_path, progress=False)
   assert (card.num_train, card.num_test) == (1168, 629)
-  theirs = {r["id"]: r for r in splits["train"] + splits["test"]}
+  theirs = {r.id: r for r in splits["train"] + splits["test"]}
   ours = _read(tmp_path, "test")
-  assert all(r["audio"] != theirs[r["id"]]["audio"] for r in ours)
-  assert all(r["image"] == theirs[r["id"]]["image"] for r in ours)
+  assert all(
+    r.media["audio"][0] != theirs[r.id].media["audio"][0] for r in ours
+  )
+  assert all(
+    r.media["image"][0] == theirs[r.id].media["image"][0] for r in ours
+  )
 
 
 _KILLED = """
@@ -246,7 +250,7 @@ def test_image_folder_is_read_in_place(tmp_path):
   }
   assert (card.name, card.class_names) == ("pets", ("cat", "dog"))
   assert (card.num_train, card.num_test) == (7, 2)
-  assert card.modalities == ("image",)
+  assert card.media == {"image": (1, 1)}
 
 
 def test_progress_is_silent_on_request(tmp_path, capfd):

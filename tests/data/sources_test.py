@@ -1,5 +1,6 @@
 """Tests of ppnet.data.sources."""
 
+import dataclasses
 import pickle
 
 import msgpack
@@ -18,13 +19,14 @@ def _write_array_record(path, contents):
 
 
 def _record(i: int) -> sources.Record:
-  return {
-    "id": f"r{i}",
-    "image": bytes([i]),
-    "audio": None,
-    "label": i,
-    "user": None,
-  }
+  return sources.Record(
+    id=f"r{i}",
+    media={"image": (bytes([i]), b"second")},
+    text="Which?",
+    answer="This.",
+    label=i,
+    user="eve",
+  )
 
 
 def test_array_records_round_trip_over_two_files(tmp_path):
@@ -59,7 +61,11 @@ def test_flipped_bits_in_a_file_are_a_bad_record(tmp_path):
   _write_array_record(
     path,
     [
-      msgpack.packb({**_record(i), "image": bytes(range(256)) * 4})
+      sources.encode_record(
+        dataclasses.replace(
+          _record(i), media={"image": (bytes(range(256)) * 4,)}
+        )
+      )
       for i in range(2)
     ],
   )
@@ -70,7 +76,7 @@ def test_flipped_bits_in_a_file_are_a_bad_record(tmp_path):
   source = sources.ArrayRecordSource([path])
   with pytest.raises(sources.BadRecordError, match="position 0"):
     source[0]
-  assert source[1]["id"] == "r1"
+  assert source[1].id == "r1"
 
 
 def test_missing_array_record_is_named(tmp_path):
@@ -105,15 +111,14 @@ def test_folder_is_sorted_and_ignores_hidden_names(tmp_path):
   source = sources.ImageFolderSource(tmp_path, split="train")
   assert source.class_names == ("Ape", "cat", "dog")
   found = [source[i] for i in range(len(source))]
-  assert [(record["id"], record["label"]) for record in found] == [
+  assert [(record.id, record.label) for record in found] == [
     ("train/Ape/0.png", 0),
     ("train/cat/0.png", 1),
     ("train/cat/1.png", 1),
     ("train/dog/0.png", 2),
   ]
   for record in found:
-    assert record["image"] == (tmp_path / record["id"]).read_bytes()
-    assert record["audio"] is None
+    assert record.media["image"] == ((tmp_path / record.id).read_bytes(),)
 
 
 def _break_folder(path, fault):
