@@ -131,6 +131,7 @@ class PrivacyUnit(enum.Enum):
 
   EXAMPLE = "example"
   USER = "user"
+  PACKED_ROW = "packed_row"  # Rows of whole records: less than a record.
 
 
 class OptimizerName(enum.Enum):
@@ -187,8 +188,9 @@ class PrivacyConfig:
       examples that take turns; None for INDEPENDENT.
     accountant: PLD (tight) or RDP.
     neighboring_relation: which data sets are neighbours.
-    unit: what is protected: a record, or all records of a user. Batch sizes,
-      microbatch sizes and N then count users.
+    unit: what is protected: a record, all records of a user, or a row that
+      several whole records were packed into. Batch sizes, microbatch sizes and
+      N count these units.
     max_records_per_user: records of one sampled user that a step takes.
     allow_large_delta: accept delta >= 1/N.
     noise_seed: None draws the root from the operating system's entropy. A seed
@@ -529,6 +531,17 @@ def _validate_units(config: ExperimentConfig) -> None:
       **{"train.views_per_example": views},
     )
   data_config.validate_users(config.data, has_users=has_users)
+  if config.privacy.unit is PrivacyUnit.PACKED_ROW and (
+    config.data.task is Task.CLASSIFY or views > 1
+  ):
+    checks.fail(
+      "data.task ANSWER or CAUSAL and one view, for privacy.unit=PACKED_ROW",
+      "A packed row has several answers.",
+      **{
+        "data.task": config.data.task.name,
+        "train.views_per_example": views,
+      },
+    )
   if not has_users and config.privacy.max_records_per_user != 1:
     checks.fail(
       "privacy.unit=USER with privacy.max_records_per_user",

@@ -122,9 +122,8 @@ def account(config: config_lib.ExperimentConfig, workdir: pathlib.Path) -> None:
   num_examples = config.account.num_examples
   if num_examples is None:
     folder = loop.prepared_dir(config, workdir)
-    num_examples = prepare.prepare(config.data, folder).num_train
-    by_user = loop.records_by_user(config, folder)
-    num_examples = num_examples if by_user is None else len(by_user)
+    prepare.prepare(config.data, folder)
+    num_examples = loop.num_units(config, folder)
   found = budget.budget(
     config,
     num_examples,

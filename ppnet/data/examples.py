@@ -182,14 +182,25 @@ class Examples:
     if len(lengths) == 1:
       return lengths[0]
     if position not in self._lengths:
-      try:
-        tokens = self.layout.tokens(self._source[position])
-        needed = self.layout.padded_length(len(tokens.tokens))
-      except sources.BadRecordError as error:
-        self._note(error)
-        needed = lengths[0]
-      self._lengths[position] = needed
+      tokens = self.tokens(position)
+      self._lengths[position] = (
+        lengths[0]
+        if tokens is None
+        else self.layout.padded_length(len(tokens.tokens))
+      )
     return self._lengths[position]
+
+  def tokens(self, position: int) -> layout_lib.Tokens | None:
+    """The record's tokens, its media not decoded; None for a bad record.
+
+    Raises:
+      sources.BadRecordError: a bad record, where they are not skipped.
+    """
+    try:
+      return self.layout.tokens(self._source[position])
+    except sources.BadRecordError as error:
+      self._note(error)
+      return None
 
   def batch(
     self, rows: Sequence[Row | None], *, size: int, length: int | None = None

@@ -76,6 +76,7 @@ class Layout:
     self._per_item = config_lib.num_media_tokens(config)
     self._tokenizer = tokenizer
     self._has_text = has_text
+    self._shared: dict[tuple[int, ...], Tokens] = {}
     self.pad_id = tokenizer.pad_id
     self.answer_ids = tokenizer.answer_ids
     self._prompt = (
@@ -129,9 +130,19 @@ class Layout:
         the task asks for, has more than the card says, or its text or answer
         cannot be encoded.
     """
+    counts = tuple(len(record.media.get(name, ())) for name in self.counts)
+    if self.task is config_lib.Task.CLASSIFY and not record.text:
+      # Records of as many items and one class have the same tokens.
+      key = (*counts, self._checked_label(record))
+      if key not in self._shared:
+        self._shared[key] = self._lay_out(record, counts)
+      return self._shared[key]
+    return self._lay_out(record, counts)
+
+  def _lay_out(self, record: sources.Record, counts: tuple[int, ...]) -> Tokens:
+    """The tokens of a record with so many items of each modality."""
     head = [self._tokenizer.bos_id]
-    for name, most in self.counts.items():
-      count = len(record.media.get(name, ()))
+    for (name, most), count in zip(self.counts.items(), counts, strict=True):
       if not self._fewest[name] <= count <= most:
         raise sources.BadRecordError(
           record.id,

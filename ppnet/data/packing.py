@@ -19,11 +19,15 @@ array([0., 1., 1., 0., 0.], dtype=float32)
 import dataclasses
 import enum
 from collections.abc import Iterable, Iterator
+from typing import SupportsIndex
 
 import numpy as np
 
+from ppnet import config as config_lib
 from ppnet.core import checks
-from ppnet.data import batching
+from ppnet.data import batching, sources
+from ppnet.data import examples as examples_lib
+from ppnet.data import layout as layout_lib
 
 
 class Loss(enum.Enum):
@@ -198,3 +202,113 @@ def _row(
     row["loss_mask"][start + first : start + count] = 1
     start += count
   return row
+
+
+class PackedExamples:
+  """Examples whose rows are packed: what `privacy.unit=PACKED_ROW` trains on.
+
+  Which records share a row is settled once, in their order, when this is made.
+  Can be pickled.
+
+  Attributes:
+    layout: of the records.
+    bad_records: what could not be read, if that is skipped; such a record is
+      in no row.
+  """
+
+  def __init__(self, examples: examples_lib.Examples):
+    """Reads every text once, and decodes nothing.
+
+    Raises:
+      ValueError: records have media, or a class for an answer.
+      sources.BadRecordError: a bad record, where they are not skipped.
+    """
+    self.layout = examples.layout
+    if self.layout.counts or (self.layout.task is config_lib.Task.CLASSIFY):
+      checks.fail(
+        "records of text alone, and task ANSWER or CAUSAL, for packed rows",
+        "Set --config.privacy.unit=example.",
+        media=list(self.layout.counts),
+        task=self.layout.task.name,
+      )
+    self._examples = examples
+    self._rows: list[list[int]] = []
+    slots = self.layout.longest  # As if the row before were full.
+    for position in range(len(examples)):
+      tokens = examples.tokens(position)
+      if tokens is None:
+        continue
+      if slots + len(tokens.tokens) > self.layout.longest:
+        self._rows.append([])
+        slots = 0
+      self._rows[-1].append(position)
+      slots += len(tokens.tokens)
+
+  @property
+  def bad_records(self) -> examples_lib.BadRecords:
+    """See the class."""
+    return self._examples.bad_records
+
+  def __len__(self) -> int:
+    return len(self._rows)
+
+  def records(self, index: SupportsIndex) -> list[int]:
+    """The positions of the records in a row."""
+    return list(self._rows[index.__index__()])
+
+  def __getitem__(self, index: SupportsIndex) -> batching.Batch:
+    """The arrays of one row; see `batch`."""
+    batch = self.batch([examples_lib.Row(index.__index__())], size=1)
+    return {name: array[0] for name, array in batch.items()}
+
+  def padded_length(self, position: int) -> int:
+    """All rows have the longest length."""
+    del position
+    return self.layout.longest
+
+  def batch(
+    self,
+    rows: Iterable[examples_lib.Row | None],
+    *,
+    size: int,
+    length: int | None = None,
+  ) -> batching.Batch:
+    """Stacks rows.
+
+    Returns:
+      The token arrays of `examples.Examples.batch`, with positions and
+      segment_ids, int32 [size, T]; `index` counts rows.
+    """
+    assert length in (None, self.layout.longest)
+    stacked = [self._row(row.position) for row in rows if row is not None]
+    template = stacked[0] if stacked else self._row(0)
+    return batching.stack(stacked, size=size, template=template)
+
+  def _row(self, number: int) -> batching.Batch:
+    """The arrays of one row."""
+    sequences, num_bytes = [], 0
+    for position in self._rows[number]:
+      tokens = self._examples.tokens(position)
+      if tokens is None:  # It was readable when the rows were made.
+        raise sources.BadRecordError(
+          f"position {position}", "it cannot be read any more."
+        )
+      sequences.append(_sequence(tokens))
+      num_bytes += tokens.num_bytes
+    row = _row(
+      sequences,
+      length=self.layout.longest,
+      pad_id=self.layout.pad_id,
+      loss=Loss.ANSWER,  # What is given and what counts is in the sequence.
+    )
+    return row | {
+      batching.INDEX_KEY: np.array(number, np.int32),
+      "num_bytes": np.array(num_bytes, np.int32),
+    }
+
+
+def _sequence(tokens: layout_lib.Tokens) -> Sequence:
+  """A record's tokens, those that count last."""
+  whole = [*tokens.tokens.tolist(), int(tokens.targets[-1])]
+  given = len(whole) - int(tokens.loss_mask.sum())
+  return Sequence(prompt=tuple(whole[:given]), answer=tuple(whole[given:]))

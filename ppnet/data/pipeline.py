@@ -27,10 +27,19 @@ from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 
 from ppnet import config as config_lib
 from ppnet.core import checks
-from ppnet.data import audio, batching, image, prepare, sources, tokenizers
+from ppnet.data import (
+  audio,
+  batching,
+  image,
+  packing,
+  prepare,
+  sources,
+  tokenizers,
+)
 from ppnet.data import examples as examples_lib
 from ppnet.data import layout as layout_lib
 
@@ -115,6 +124,9 @@ def records_by_user(
   )
 
 
+AnyExamples = examples_lib.Examples | packing.PackedExamples
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Users:
   """How the records of a sampled user become rows.
@@ -184,6 +196,15 @@ def examples(
   )
 
 
+def training_examples(
+  config: config_lib.ExperimentConfig, prepared_dir: str | os.PathLike[str]
+) -> AnyExamples:
+  """The train split as it is trained on: augmented, or in packed rows."""
+  if config.privacy.unit is config_lib.PrivacyUnit.PACKED_ROW:
+    return packing.PackedExamples(examples(config, prepared_dir, split="train"))
+  return examples(config, prepared_dir, split="train", augmented=True)
+
+
 def _image_chain(config: config_lib.DataConfig) -> examples_lib.Chain:
   """From an encoded picture to [S, S, C]."""
   size = config.image_size
@@ -224,7 +245,7 @@ class Host:
 
 
 def train_steps(
-  dataset: examples_lib.Examples,
+  dataset: AnyExamples,
   *,
   draw: Callable[[int], np.ndarray],
   num_steps: int,
@@ -244,7 +265,7 @@ def train_steps(
   for a user, of which those without a record are padding.
 
   Args:
-    dataset: of `examples`.
+    dataset: of `training_examples`.
     draw: step -> the positions of its units, integers in strictly increasing
       order, possibly none. Called from several threads or processes and ahead
       of time, and again after a resume, so it must depend on the step alone.
@@ -308,6 +329,8 @@ def train_steps(
   )
   if not num_workers:
     return made
+  if not flags.FLAGS.is_parsed():  # Grain reads flags of its own.
+    flags.FLAGS.mark_as_parsed()
   return made.mp_prefetch(
     grain.MultiprocessingOptions(
       num_workers=num_workers,
@@ -321,7 +344,7 @@ class _Steps:
 
   def __init__(
     self,
-    dataset: examples_lib.Examples,
+    dataset: AnyExamples,
     *,
     draw: Callable[[int], np.ndarray],
     microbatch_size: int,

@@ -351,7 +351,7 @@ class Mechanism:
       caveat = ", except towards whoever knows the seed of the " + (
         " and the ".join(seeded)
       )
-    unit = f"training {self.unit.value}"
+    unit = f"training {self.unit.value.replace('_', ' ')}"
     how = [
       f"{self.sampler_name} sampling",
       f"{self.accountant.name} accountant",
@@ -361,6 +361,8 @@ class Mechanism:
     if self.unit is config_lib.PrivacyUnit.USER:
       unit += " with all their records"
       how.append(f"at most {self.rows_per_unit} records of a user in a step")
+    elif self.unit is config_lib.PrivacyUnit.PACKED_ROW:
+      how.append("a row of whole records is protected, which is no record")
     elif self.rows_per_unit > 1:
       how.append(f"the mean gradient of {self.rows_per_unit} views clipped")
     if self.clip_rule is config_lib.ClipRule.NORMALIZE:

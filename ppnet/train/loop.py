@@ -51,7 +51,8 @@ class Experiment:
       evaluation decoded the next one finds.
     bad_records: counts what could not be decoded.
     users: whose records are whose; None where the unit is an example.
-    training: the train split with its random transformations.
+    training: the train split as it is trained on, one row or several per
+      unit; what it has in common with `datasets` is decoded once.
   """
 
   config: config_lib.ExperimentConfig
@@ -61,7 +62,7 @@ class Experiment:
   mechanism: mechanism_lib.Mechanism
   program: program_lib.Program
   datasets: Mapping[str, examples_lib.Examples]
-  training: examples_lib.Examples
+  training: pipeline.AnyExamples
   bad_records: examples_lib.BadRecords
   users: pipeline.Users | None
 
@@ -119,6 +120,22 @@ def records_by_user(
   return pipeline.records_by_user(config, folder)
 
 
+def num_units(config: config_lib.ExperimentConfig, folder: pathlib.Path) -> int:
+  """How many privacy units a prepared folder's train split makes."""
+  by_user = records_by_user(config, folder)
+  if by_user is not None:
+    return len(by_user)
+  return len(pipeline.training_examples(config, folder))
+
+
+def _has_rows_of_its_own(config: config_lib.ExperimentConfig) -> bool:
+  """Whether training sees other rows than evaluations of the same split."""
+  return (
+    config_lib.is_augmented(config.data)
+    or config.privacy.unit is config_lib.PrivacyUnit.PACKED_ROW
+  )
+
+
 def open_experiment(
   config: config_lib.ExperimentConfig,
   workdir: pathlib.Path,
@@ -133,13 +150,16 @@ def open_experiment(
   folder = prepared_dir(config, workdir)
   card = prepare.prepare(config.data, folder)
   by_user = records_by_user(config, folder)
-  mechanism = mechanism_lib.build(
-    config, card.num_train if by_user is None else len(by_user)
-  )
   datasets = {
     split: pipeline.examples(config, folder, split=split)
     for split in sources.SPLITS
   }
+  training: pipeline.AnyExamples = datasets["train"]
+  if _has_rows_of_its_own(config):
+    training = pipeline.training_examples(config, folder)
+  mechanism = mechanism_lib.build(
+    config, len(training) if by_user is None else len(by_user)
+  )
   # Shapes only: skipping keeps a bad first record from ending the run here.
   probe = dataclasses.replace(
     config,
@@ -147,7 +167,7 @@ def open_experiment(
       config.data, on_bad_record=config_lib.BadRecord.SKIP, cache=False
     ),
   )
-  example = pipeline.examples(probe, folder, split="train")[0]
+  example = pipeline.training_examples(probe, folder)[0]
   tokenizer = tokenizers.load(config.data, folder, class_names=card.class_names)
   return Experiment(
     config=config,
@@ -163,11 +183,7 @@ def open_experiment(
       devices=devices,
     ),
     datasets=datasets,
-    training=(
-      pipeline.examples(config, folder, split="train", augmented=True)
-      if config_lib.is_augmented(config.data)
-      else datasets["train"]  # What it decoded, evaluations find.
-    ),
+    training=training,
     bad_records=examples_lib.BadRecords(),
     users=(
       None

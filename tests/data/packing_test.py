@@ -5,8 +5,12 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from ppnet.data import packing
+from ppnet import config as config_lib
+from ppnet.data import examples as examples_lib
+from ppnet.data import layout as layout_lib
+from ppnet.data import packing, pipeline, sources, tokenizers
 from ppnet.data.packing import Loss, Record, RowUnit, Sequence
+from tests.data import conftest
 
 LONG = Sequence(prompt=(5, 6, 7), answer=(8, 2))
 SHORT = Sequence(answer=(9, 3, 2))
@@ -101,3 +105,98 @@ def test_what_does_not_fit_is_an_error_that_names_the_record():
     pack((SHORT,), (LONG,), length=3)
   with pytest.raises(ValueError, match=r"at least one token.*record=0"):
     pack((Sequence(),))
+
+
+# Rows of a data set.
+
+
+class _Texts:
+  """A source of texts of 1, 2, ... letters; one is no text."""
+
+  def __init__(self, *lengths: int):
+    self._lengths = lengths
+
+  def __len__(self) -> int:
+    return len(self._lengths)
+
+  def __getitem__(self, index) -> sources.Record:
+    length = self._lengths[index.__index__()]
+    return sources.Record(id=f"r{index}", text=chr(97 + index) * length)
+
+  def user(self, index) -> None:
+    return None
+
+  @property
+  def description(self) -> str:
+    return "texts"
+
+
+def _examples(*lengths, task=config_lib.Task.CAUSAL, skip=False):
+  config = conftest.digits_config()
+  config.data = config_lib.DataConfig(
+    task=task,
+    tokenizer=config_lib.TokenizerKind.BYTES,
+    vocab_size=300,
+    prompt="",
+    lengths=(8,),
+  )
+  return examples_lib.Examples(
+    _Texts(*lengths),
+    layout=layout_lib.Layout(
+      config,
+      counts={},
+      has_text=True,
+      tokenizer=tokenizers.ByteTokenizer(class_names=[]),
+    ),
+    chains={},
+    skip=skip,
+    cache=True,
+    seed=0,
+  )
+
+
+def test_whole_records_share_rows_in_their_order():
+  packed = packing.PackedExamples(_examples(3, 5, 2, 9, 1, 1))
+  # A text of n letters takes n positions: <s> takes one, the last letter none.
+  assert [packed.records(row) for row in range(len(packed))] == [
+    [0, 1], [2], [3], [4, 5],
+  ]  # fmt: skip
+  row = packed[0]
+  assert row["segment_ids"].tolist() == [1, 1, 1, 2, 2, 2, 2, 2]
+  assert row["positions"].tolist() == [0, 1, 2, 0, 1, 2, 3, 4]
+  assert row["loss_mask"].tolist() == [1] * 8
+  assert row["num_bytes"] == 8
+  decode = tokenizers.ByteTokenizer(class_names=[]).decode
+  assert decode(row["targets"]) == "aaabbbbb"
+  # A longer text is cut, as it is without packing.
+  assert packed[2]["num_bytes"] == 8
+
+
+def test_packed_rows_are_drawn_and_padded_as_units():
+  packed = packing.PackedExamples(_examples(3, 5, 2, 8))
+  (step,) = pipeline.train_steps(
+    packed,
+    draw=lambda step: np.array([0, 2]),
+    num_steps=1,
+    microbatch_size=4,
+    num_threads=0,
+    prefetch_steps=0,
+  )
+  (batch,) = step["microbatches"]
+  assert batch["index"].tolist() == [0, 2, -1, -1]
+  assert batch["is_padding_example"].tolist() == [False, False, True, True]
+  assert not batch["loss_mask"][2:].any()
+  assert batch["segment_ids"].shape == (4, 8)
+
+
+def test_a_bad_record_is_in_no_row_if_it_is_skipped():
+  with pytest.raises(sources.BadRecordError, match="text is empty"):
+    packing.PackedExamples(_examples(3, 0, 4))
+  packed = packing.PackedExamples(_examples(3, 0, 4, skip=True))
+  assert packed.records(0) == [0, 2]
+  assert packed.bad_records.ids == ("r1",)
+
+
+def test_classes_are_not_packed():
+  with pytest.raises(ValueError, match="task='CLASSIFY'"):
+    packing.PackedExamples(_examples(3, task=config_lib.Task.CLASSIFY))
