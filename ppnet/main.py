@@ -36,7 +36,7 @@ from ppnet.models import generate, hf, lora, multimodal
 from ppnet.privacy import budget, input_privacy, ledger
 from ppnet.report import budget as budget_figures
 from ppnet.report import figures, ratios, tables
-from ppnet.train import loop
+from ppnet.train import loop, preemption
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Experiment file, as FILE or FILE:ARG.", lock_config=False
@@ -170,10 +170,10 @@ def generate_text(
     given.model,
     given.params,
     batch_size=options.batch_size,
-    # Records have one length, and it is known.
+    # How long records are is known.
     max_prompt_len=options.max_prompt_len
     if options.prompts
-    else len(prompts[0]),
+    else max(len(prompt) for prompt in prompts),
     max_new_tokens=options.max_new_tokens,
   )
   continued = generator(
@@ -373,6 +373,9 @@ def _main(argv: Sequence[str]) -> None:
       run_job(config, workdir)
     else:
       _sweep(_SWEEP.value, workdir, arguments)
+  except preemption.PreemptedError as error:
+    print(error, file=sys.stderr)
+    sys.exit(preemption.EXIT_CODE)
   except (ValueError, RuntimeError) as error:
     if not _raised_by_ppnet(error):
       raise  # A bug, ours or a library's: the traceback is what helps.

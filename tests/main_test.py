@@ -116,6 +116,35 @@ def test_kills_at_random_moments_lose_nothing_and_never_under_report(
   # Fails if: a step is charged after it ran, or a restart forgets anything.
 
 
+def test_sigterm_saves_and_the_same_command_goes_on(finished, tmp_path):
+  process = start(*FLAGS, workdir=tmp_path)
+  deadline = time.monotonic() + 120
+  while charged_steps(tmp_path) < 4 and process.poll() is None:
+    assert time.monotonic() < deadline
+    time.sleep(0.002)
+  process.send_signal(signal.SIGTERM)
+  output, _ = process.communicate(timeout=120)
+  assert process.returncode == 75, output
+  saved = max(
+    int(folder.name)
+    for folder in (tmp_path / "checkpoints").iterdir()
+    if folder.name.isdigit()
+  )
+  assert f"SIGTERM) after step {saved} of {NUM_STEPS}" in output
+  assert charged_steps(tmp_path) == saved < NUM_STEPS
+  # The machine that it goes on with may be another one.
+  code, output = run(
+    *FLAGS,
+    "--config.perf.data_workers=1",
+    "--config.perf.data_threads=2",
+    workdir=tmp_path,
+  )
+  assert code == 0, output
+  assert charged_steps(tmp_path) == NUM_STEPS
+  np.testing.assert_array_equal(parameters(tmp_path), parameters(finished[0]))
+  # Fails if: steps are lost or repeated, or workers see other records.
+
+
 def test_a_run_leaves_everything_a_reader_needs(finished):
   workdir, output = finished
   for name in (

@@ -14,6 +14,9 @@ from ppnet.core import records
 
 # What may differ between two uses of one folder: fields, and groups of fields.
 _NOT_PART_OF_THE_EXPERIMENT = ("job", "generate.")
+# What a resumed run may change: the machine and how it is used. Neither the
+# result, but for rounding, nor the guarantee depends on them.
+_MAY_CHANGE = ("perf.", "mesh.")
 # Once one of these is there the run has begun, and its configuration stands.
 _BINDING = ("privacy.json", "summary.json", "bench.json")
 _VERSIONED = (
@@ -82,9 +85,14 @@ def run_name(name: str, overrides: Sequence[str]) -> str:
 
 def _is_part(name: str) -> bool:
   """Whether a field decides what a folder's experiment is."""
-  return not any(
+  return not _is_among(name, _NOT_PART_OF_THE_EXPERIMENT)
+
+
+def _is_among(name: str, fields: Sequence[str]) -> bool:
+  """Whether a field, or its group, is listed."""
+  return any(
     name.startswith(other) if other.endswith(".") else name == other
-    for other in _NOT_PART_OF_THE_EXPERIMENT
+    for other in fields
   )
 
 
@@ -143,7 +151,9 @@ def check_same(path: pathlib.Path, config: Mapping[str, Any]) -> None:
     )
   old = records.read_json(recorded)["config"]
   names = flatten(old).keys() | flatten(config).keys()
-  ignore = [name for name in names if not _is_part(name)]
+  ignore = [
+    name for name in names if not _is_part(name) or _is_among(name, _MAY_CHANGE)
+  ]
   differing = differences(old, config, ignore=ignore)
   if differing:
     raise WorkdirError(

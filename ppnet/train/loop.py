@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import tqdm
+from absl import logging
 
 from ppnet import config as config_lib
 from ppnet.core import checks, prng
@@ -27,7 +28,7 @@ from ppnet.data import pipeline, prepare, sources, tokenizers
 from ppnet.privacy import correlated, input_privacy
 from ppnet.privacy import ledger as ledger_lib
 from ppnet.privacy import mechanism as mechanism_lib
-from ppnet.train import checkpoint, metrics
+from ppnet.train import checkpoint, metrics, preemption
 from ppnet.train import program as program_lib
 from ppnet.train import state as state_lib
 
@@ -210,6 +211,7 @@ def train(
     The run's final numbers, for `summary.json`, and the final state.
 
   Raises:
+    preemption.PreemptedError: SIGTERM came; everything is saved.
     NonFiniteError: the loss or the parameters are not finite any more.
     ValueError: the workdir's checkpoints and ledger do not belong together.
     data.sources.BadRecordError: a record cannot be decoded, under RAISE.
@@ -217,8 +219,8 @@ def train(
   run = _Run(experiment)
   try:
     # Only explicit transfers: an implicit one in the loop is a stall.
-    with jax.transfer_guard("disallow"):
-      stopped = run.steps(log)
+    with preemption.listening() as notice, jax.transfer_guard("disallow"):
+      stopped = run.steps(log, notice)
     return run.finish(stopped_by_budget=stopped), run.state
   finally:
     run.close()
@@ -309,21 +311,25 @@ def restore(
   Raises:
     ValueError: there is none.
   """
-  folder = experiment.workdir / "checkpoints"
   saved = checkpoint.Checkpoints(
-    folder, keep=experiment.config.train.checkpoints_to_keep
+    experiment.workdir / "checkpoints",
+    keep=experiment.config.train.checkpoints_to_keep,
   )
   try:
-    step = saved.latest_step()
-    if step is None:
-      checks.fail(
-        "a workdir with a checkpoint",
-        "Train first, with the same --workdir.",
-        workdir=str(experiment.workdir),
-      )
-    return saved.restore(experiment.program.abstract_state, step=step)
+    found = saved.restore_newest(
+      experiment.program.abstract_state,
+      fingerprint=experiment.program.fingerprint,
+      warn=logging.warning,
+    )
   finally:
     saved.close()
+  if found is None:
+    checks.fail(
+      "a workdir with a checkpoint",
+      "Train first, with the same --workdir.",
+      workdir=str(experiment.workdir),
+    )
+  return found
 
 
 class _Run:
@@ -374,21 +380,25 @@ class _Run:
     path = self._experiment.workdir / "privacy.json"
     claim = self._mechanism.claim()
     epsilon_after = self._mechanism.epsilon_after
-    step = self._checkpoints.latest_step()
-    if step is None and not path.exists():
+    with jax.transfer_guard("allow"):
+      found = self._checkpoints.restore_newest(
+        self._program.abstract_state,
+        fingerprint=self._program.fingerprint,
+        warn=logging.warning,
+      )
+    if found is None and not path.exists():
       ledger = ledger_lib.Ledger.create(
         path, claim, epsilon_after=epsilon_after
       )
       return self._program.init(), ledger
+    step = 0 if found is None else int(jax.device_get(found[0].step))
     # Raises where the ledger is missing, damaged, or older than the checkpoint.
     ledger = ledger_lib.Ledger.load(
-      path, claim, epsilon_after=epsilon_after, resumed_at_step=step or 0
+      path, claim, epsilon_after=epsilon_after, resumed_at_step=step
     )
-    if step is None:  # Killed before the first checkpoint was complete.
+    if found is None:  # Killed before the first checkpoint was complete.
       return self._program.init(), ledger
-    state, position = self._checkpoints.restore(
-      self._program.abstract_state, step=step
-    )
+    state, position = found
     if position["charged_steps"] > ledger.charged_steps:
       checks.fail(
         f"{path} to have charged what the checkpoint has",
@@ -415,7 +425,7 @@ class _Run:
         )
     return state
 
-  def steps(self, log: Any) -> bool:
+  def steps(self, log: Any, notice: preemption.Notice) -> bool:
     """Runs what is left; True where the budget ended it early."""
     train = self._config.train
     bar = tqdm.tqdm(
@@ -452,7 +462,21 @@ class _Run:
           self._evaluate()
         if saving and self._step < train.num_steps:
           self._save()
+        if self._step < train.num_steps and notice.reached(self._step):
+          self._end_early(pending, bar)
     return False
+
+  def _end_early(self, pending: Any, bar: Any) -> None:
+    """Saves what was done and raises."""
+    self._report(pending, bar)
+    if self._checkpoints.latest_step() != self._step:
+      self._save()
+    self._checkpoints.wait()
+    raise preemption.PreemptedError(
+      f"Told to end (SIGTERM) after step {self._step} of"
+      f" {self._config.train.num_steps}; it is saved. The same command goes on"
+      " from there."
+    )
 
   def _timed(self, steps: Iterator[Any]) -> Iterator[Any]:
     """The same steps, noting how long the loop waits for each."""
@@ -590,6 +614,9 @@ class _Run:
         "data": {"next_step": self._step},
         "sampler": self._mechanism.claim()["sampler"],
         "charged_steps": self._ledger.charged_steps,
+        "fingerprint": jax.device_get(
+          self._program.fingerprint(self.state)
+        ).tolist(),
       },
     )
 

@@ -49,6 +49,7 @@ class Program:
     replay_noise: see `step.replay_noise`; the noise state is donated.
     update: see `step.update`; both states are donated.
     evaluate: see `step.evaluate`.
+    fingerprint: see `core.trees.fingerprint`.
     frozen: () -> the parameters that are not trained, computed or read once;
       `models.lora.combine` puts them and the trained ones together.
     cut_keys: fresh keys of the private cut for a batch; None without one.
@@ -68,6 +69,7 @@ class Program:
   replay_noise: Any
   update: Any
   evaluate: Any
+  fingerprint: Any
   frozen: Any
   cut_keys: Any = None
 
@@ -196,6 +198,7 @@ def build(
         _evaluate, model=model, noise_config=config.attention_noise
       )
     ),
+    fingerprint=jax.jit(trees.fingerprint, out_shardings=replicated),
     frozen=lambda: {},
     cut_keys=_cut_keys(config.model.private_cut, mesh),
   )

@@ -376,6 +376,9 @@ def test_the_claim_names_the_unit_and_the_rule():
   assert "at most 4 records of a user in a step" in guarantee(
     unit=config_lib.PrivacyUnit.USER, max_records_per_user=4
   )
+  packed = guarantee(unit=config_lib.PrivacyUnit.PACKED_ROW)
+  assert "training packed row" in packed
+  assert "which is no record" in packed
   assert "normalised" in guarantee(clip_rule=config_lib.ClipRule.NORMALIZE)
   assert "each layer" in guarantee(clip_scope=config_lib.ClipScope.PER_LAYER)
   assert "noisy counts included" in guarantee(clip_quantile=0.5)

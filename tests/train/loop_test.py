@@ -3,6 +3,8 @@
 import dataclasses
 import io
 import json
+import random
+import shutil
 
 import jax
 import numpy as np
@@ -359,3 +361,54 @@ def test_skipped_images_are_counted_and_reported(tmp_path):
   assert summary["num_train"] == 24  # The accountant's number does not move.
   sizes = [row["nonprivate/batch_size"] for row in rows(tmp_path / "run")]
   assert max(sizes) <= 23
+
+
+def _flip_a_bit(workdir, step, rng):
+  """Changes one bit in the largest file of a checkpoint."""
+  files = [
+    path
+    for path in (workdir / "checkpoints" / str(step)).rglob("*")
+    if path.is_file()
+  ]
+  path = max(files, key=lambda path: path.stat().st_size)
+  content = bytearray(path.read_bytes())
+  content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+  path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", ["bit", "cut", "gone"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+  uninterrupted, prepared, tmp_path, monkeypatch, damage, caplog
+):
+  interrupted_at(tmp_path, prepared, monkeypatch, dispatch=5)
+  folder = tmp_path / "checkpoints"
+  assert sorted(path.name for path in folder.iterdir()) == ["2", "4"]
+  if damage == "bit":
+    _flip_a_bit(tmp_path, 4, random.Random(0))
+  elif damage == "cut":
+    for path in (folder / "4" / "state").rglob("*"):
+      if path.is_file():
+        path.write_bytes(path.read_bytes()[:10])
+  else:
+    shutil.rmtree(folder / "4" / "state")
+  with caplog.at_level("WARNING"):
+    summary, resumed = run(tmp_path, prepared)
+  assert "step 4 is damaged" in caplog.text
+  assert "going on from step 2" in caplog.text
+  assert (folder / "damaged-4.0").is_dir()
+  _, _, state = uninterrupted
+  np.testing.assert_array_equal(flat(resumed), flat(state))
+  assert summary["status"] == "complete"
+  ledger = records.read_json(tmp_path / "privacy.json")
+  assert ledger["charged_steps"] == 6
+  # Fails if: damaged numbers are trained on, or a damaged file ends the run.
+
+
+def test_checkpoints_that_are_all_damaged_are_named_and_kept(
+  prepared, tmp_path, monkeypatch
+):
+  interrupted_at(tmp_path, prepared, monkeypatch, dispatch=3)
+  shutil.rmtree(tmp_path / "checkpoints" / "2" / "state")
+  with pytest.raises(ValueError, match="can be restored.*step 2="):
+    run(tmp_path, prepared)
+  assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["2"]
