@@ -11,6 +11,7 @@
 # is looked for in the project, so that configs/quickstart.py works from
 # anywhere.
 #
+# PPNET_EXTRA names an extra of setup.py to install as well, such as cuda or tpu.
 # See launch/venv.sh for the variables PPNET_VENV and PYTHON.
 
 set -euo pipefail
@@ -47,6 +48,6 @@ while (($#)); do
   shift
 done
 
-ppnet_venv base
+ppnet_venv "${PPNET_EXTRA:-base}"
 # -P: a folder named ppnet where the script is called from is not the package.
 exec "$PPNET_PYTHON" -P -m ppnet.main ${flags[@]+"${flags[@]}"}
