@@ -37,8 +37,9 @@ status=0
 # SIGTERM reaches the steps by themselves; the script must outlive them.
 trap '' TERM
 srun --kill-on-bad-exit=0 bash "$launch" --distributed "$@" || status=$?
-if ((status == 75)); then
-  printf 'ppnet: told to end and saved; queueing job %s again\n' \
+# 75: told to end, and saved. 134: JAX aborted it because a peer died.
+if ((status == 75 || status == 134)); then
+  printf 'ppnet: the run can go on; queueing job %s again\n' \
     "$SLURM_JOB_ID" >&2
   scontrol requeue "$SLURM_JOB_ID"
 fi

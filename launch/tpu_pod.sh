@@ -141,7 +141,7 @@ job() {
   case "$(state)" in
     PREEMPTED | TERMINATED | '') status=$PPNET_AGAIN ;;
   esac
-  ((status != PPNET_AGAIN)) || ready
+  ! ppnet_asks_again "$status" || ready
   return "$status"
 }
 

@@ -13,6 +13,7 @@ training. A run that was killed goes on where it was when the same
 command is given again.
 """
 
+import contextlib
 import dataclasses
 import pathlib
 import sys
@@ -30,7 +31,7 @@ from ppnet import config as config_lib
 from ppnet import config_args, sweep
 from ppnet.audit import run as audit
 from ppnet.bench import attention, engines
-from ppnet.core import checks, prng, records, workdirs
+from ppnet.core import checks, hosts, prng, records, workdirs
 from ppnet.data import layout, prepare, text, tokenizers
 from ppnet.models import generate, hf, lora, multimodal
 from ppnet.privacy import budget, input_privacy, ledger
@@ -56,6 +57,21 @@ _SWEEP = flags.DEFINE_string(
 _SWEEP_SHARD = flags.DEFINE_string(
   "sweep_shard", "0/1", "i/n: this machine takes every n-th run from i on."
 )
+_DISTRIBUTED = flags.DEFINE_bool(
+  "distributed",
+  False,
+  "This is one of several processes of a job; on a TPU slice and under SLURM"
+  " they find each other, elsewhere the next three flags say where.",
+)
+_COORDINATOR = flags.DEFINE_string(
+  "coordinator", None, "host:port of the first process."
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+  "num_processes", None, "How many processes the job has."
+)
+_PROCESS_ID = flags.DEFINE_integer(
+  "process_id", None, "Which of them this is, from 0."
+)
 _SWEEP_COLUMNS = (
   "accuracy",
   "f1",
@@ -69,17 +85,22 @@ _SWEEP_COLUMNS = (
 
 def train(config: config_lib.ExperimentConfig, workdir: pathlib.Path) -> None:
   """Trains (or goes on, or finds it done), then prints table and figure."""
-  if (workdir / "summary.json").exists():
+  # One answer for all: the first process may be about to write it.
+  if hosts.from_first(lambda: (workdir / "summary.json").exists()):
     print(f"{workdir} holds a finished run; nothing is trained again.")
     summary = records.read_json(workdir / "summary.json")
   else:
     experiment = loop.open_experiment(config, workdir)
-    print(_plan(experiment), flush=True)
+    if hosts.is_first():
+      print(_plan(experiment), flush=True)
     summary, state = loop.train(experiment)
     attack = audit.loss_attack(experiment, state.params)
     # Written last: a folder with a summary is a finished run.
     summary |= {"leakage": attack.advantage, "attack": attack}
-    records.write_json(workdir / "summary.json", summary)
+    if hosts.is_first():
+      records.write_json(workdir / "summary.json", summary)
+  if not hosts.is_first():
+    return
   figure = figures.training_figure(workdir)
   print(f"\n{tables.summary_table(summary)}\n\nrecords: {workdir}")
   print(f"figure:  {figure}")
@@ -101,6 +122,8 @@ def evaluate(
     **experiment.claimed(charged_steps),
     **scores,
   }
+  if not hosts.is_first():
+    return
   records.write_json(workdir / "evaluation.json", evaluation)
   print(tables.summary_table(evaluation))
 
@@ -278,6 +301,10 @@ _JOBS = {
 }
 
 
+# Those that one process does not do alone.
+_JOBS_OF_MANY = (config_lib.Job.TRAIN, config_lib.Job.EVALUATE)
+
+
 def run_job(config: config_lib.ExperimentConfig, workdir: pathlib.Path) -> None:
   """Runs `config.job` in `workdir`.
 
@@ -291,7 +318,16 @@ def run_job(config: config_lib.ExperimentConfig, workdir: pathlib.Path) -> None:
       f"{config.job.name} is planned and not there yet.",
       **{"config.job": config.job.name},
     )
-  with workdirs.opened(workdir, records.to_plain(config)):
+  if jax.process_count() > 1 and config.job not in _JOBS_OF_MANY:
+    checks.fail(
+      "a job of several processes to be one of "
+      + ", ".join(job.name for job in _JOBS_OF_MANY),
+      "Run it without --distributed.",
+      **{"config.job": config.job.name},
+    )
+  with contextlib.ExitStack() as stack:
+    if hosts.is_first():
+      stack.enter_context(workdirs.opened(workdir, records.to_plain(config)))
     _JOBS[config.job](config, workdir)
 
 
@@ -362,6 +398,12 @@ def _main(argv: Sequence[str]) -> None:
   del argv  # `_parse` refuses positional arguments.
   # Libraries report every backend that is not there; a user cannot act on it.
   logging.set_verbosity(logging.WARNING)
+  if _DISTRIBUTED.value:
+    hosts.start(
+      coordinator=_COORDINATOR.value,
+      num_processes=_NUM_PROCESSES.value,
+      process_id=_PROCESS_ID.value,
+    )
   config: Any = _CONFIG.value
   arguments = config_args.Arguments.split(sys.argv)
   # A sweep's folder holds folders of runs: not one that is a run itself.
@@ -376,6 +418,15 @@ def _main(argv: Sequence[str]) -> None:
   except preemption.PreemptedError as error:
     print(error, file=sys.stderr)
     sys.exit(preemption.EXIT_CODE)
+  except jax.errors.JaxRuntimeError as error:
+    if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
+      raise
+    hosts.leave(
+      "Another process of this job ended or cannot be reached"
+      f" ({str(error).splitlines()[0][:200]}). Start all of them again: the same"
+      " command goes on from the last checkpoint.",
+      exit_code=preemption.EXIT_CODE,
+    )
   except (ValueError, RuntimeError) as error:
     if not _raised_by_ppnet(error):
       raise  # A bug, ours or a library's: the traceback is what helps.

@@ -230,18 +230,22 @@ _CHAINS = {"image": _image_chain, "audio": _audio_chain}
 class Host:
   """Which part of every batch a host reads.
 
+  Hosts that split a network between them read the same part.
+
   Attributes:
-    index: of this host, from 0.
-    count: of all hosts.
+    first: of this host's parts, from 0.
+    parts: how many of them, side by side.
+    of: equal parts that a batch has.
   """
 
-  index: int = 0
-  count: int = 1
+  first: int = 0
+  parts: int = 1
+  of: int = 1
 
   def rows(self, batch: Sequence[Any]) -> Sequence[Any]:
     """This host's rows of a batch that all hosts know."""
-    share = len(batch) // self.count
-    return batch[self.index * share : (self.index + 1) * share]
+    share = len(batch) // self.of
+    return batch[self.first * share : (self.first + self.parts) * share]
 
 
 def train_steps(
@@ -304,11 +308,11 @@ def train_steps(
     microbatch_size=microbatch_size,
     num_views=num_views,
   )
-  if microbatch_size % host.count:
+  if microbatch_size % host.of:
     checks.fail(
-      "perf.microbatch_size to be a multiple of the number of hosts",
+      "perf.microbatch_size to divide evenly among the hosts",
       microbatch_size=microbatch_size,
-      hosts=host.count,
+      parts=host.of,
     )
   steps = _Steps(
     dataset,

@@ -64,8 +64,8 @@ class Ledger:
   the rest of the cycle anew. So the interrupted cycle is charged to its end,
   and the new one from its beginning.
 
-  One process owns the file; on many hosts, the first process charges and the
-  others wait for it before they dispatch.
+  One process owns the file; on many hosts, the first process charges before it
+  takes part in a step, which the others cannot finish without it.
 
   *Formal guarantee.* When `charge` has returned, the file on disk counts the
   step. When it has raised, the caller must not dispatch the step, and the file
@@ -81,20 +81,20 @@ class Ledger:
 
   Attributes:
     path: the file; the version before the last write is kept beside it, as
-      `<name>.previous`.
+      `<name>.previous`. None on the other processes of a job.
     charged_steps: steps charged so far.
     epsilon: upper bound on epsilon for them.
   """
 
   def __init__(
     self,
-    path: pathlib.Path,
+    path: pathlib.Path | None,
     record: Mapping[str, Any],
     *,
     epsilon_after: Callable[[int], float],
   ) -> None:
-    """Use `create` or `load`."""
-    self.path = pathlib.Path(path)
+    """Use `create`, `load` or `follow`."""
+    self.path = None if path is None else pathlib.Path(path)
     self._record = dict(record)
     self._epsilon_after = epsilon_after
 
@@ -199,6 +199,26 @@ class Ledger:
     ledger._write(charged_steps=charged, restart_at_step=resumed_at_step)
     return ledger
 
+  @classmethod
+  def follow(
+    cls, record: Mapping[str, Any], *, epsilon_after: Callable[[int], float]
+  ) -> "Ledger":
+    """Counts as the first process does, and writes nothing.
+
+    Its steps need the first process, which charges before it takes part, so
+    nothing is released that is not on disk.
+
+    Args:
+      record: `record` of the first process's ledger.
+      epsilon_after: as for `create`.
+    """
+    return cls(None, record, epsilon_after=epsilon_after)
+
+  @property
+  def record(self) -> dict[str, Any]:
+    """What the file holds."""
+    return dict(self._record)
+
   @property
   def charged_steps(self) -> int:
     """Steps charged so far."""
@@ -263,6 +283,9 @@ class Ledger:
         "time": datetime.datetime.now(datetime.UTC).isoformat(),
       }
       record["history"] = [*record["history"], restart]
+    if self.path is None:
+      self._record = record
+      return
     if self.path.exists():
       previous = self.path.with_name(self.path.name + ".previous")
       records.write_bytes(previous, self.path.read_bytes())

@@ -493,6 +493,14 @@ def _rounded_up(epsilon: float) -> str:
   return f"{math.ceil(epsilon * scale - 1e-9) / scale:.4g}"
 
 
+def sampler_root_entropy(config: config_lib.ExperimentConfig) -> int:
+  """Returns the root of the batches, for `build`, where processes must agree.
+
+  *Formal guarantee.* As for `noise_root_entropy`, of `privacy.sampler_seed`.
+  """
+  return parts.sampler_root(config, None)
+
+
 def noise_root_entropy(config: config_lib.ExperimentConfig) -> int:
   """Returns 128 bits for the root key of the DP noise.
 

@@ -1,10 +1,12 @@
 """From logical axes, which models name, to mesh axes, which only rules name."""
 
 import dataclasses
+import math
 from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -90,10 +92,7 @@ class Rules:
       shape = nn.meta.unbox(leaf).shape
       spec = self.spec(tuple(axes) + (None,) * (len(shape) - len(axes)))
       for dimension, axis in zip(shape, spec, strict=True):
-        parts = axis if isinstance(axis, tuple) else (axis,)
-        ways = 1
-        for part in parts:
-          ways *= 1 if part is None else mesh.shape[part]
+        ways = num_parts(mesh, axis)
         if dimension % ways:
           checks.fail(
             f"parameter {jax.tree_util.keystr(path)} to divide over mesh axis"
@@ -110,6 +109,36 @@ class Rules:
     )
 
 
+def num_parts(mesh: Mesh, axis: Axis) -> int:
+  """Into how many parts an array is cut along a mesh axis, or several."""
+  axes = axis if isinstance(axis, tuple) else (axis,)
+  return math.prod(1 if name is None else mesh.shape[name] for name in axes)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
   """The same value on every device."""
   return NamedSharding(mesh, P())
+
+
+def put(value: Any, mesh: Mesh) -> Any:
+  """Places a small value on every device; every process has the same one.
+
+  Args:
+    value: an array, a typed key, or a tree of them.
+    mesh: the devices.
+  """
+
+  def place(leaf):
+    if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(
+      leaf.dtype, jax.dtypes.prng_key
+    ):
+      # Keys cannot be placed on devices of other processes; their words can.
+      words = np.asarray(jax.random.key_data(leaf))
+      return jax.random.wrap_key_data(
+        jax.device_put(words, replicated(mesh)), impl=jax.random.key_impl(leaf)
+      )
+    if jax.process_count() > 1:
+      leaf = np.asarray(leaf)
+    return jax.device_put(leaf, replicated(mesh))
+
+  return jax.tree.map(place, value)

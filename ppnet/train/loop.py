@@ -22,7 +22,7 @@ import tqdm
 from absl import logging
 
 from ppnet import config as config_lib
-from ppnet.core import checks, prng
+from ppnet.core import checks, hosts, prng
 from ppnet.data import examples as examples_lib
 from ppnet.data import pipeline, prepare, sources, tokenizers
 from ppnet.privacy import correlated, input_privacy
@@ -149,7 +149,9 @@ def open_experiment(
     ValueError: data, mechanism, mesh and model do not fit each other.
   """
   folder = prepared_dir(config, workdir)
-  card = prepare.prepare(config.data, folder)
+  card = hosts.first_then_others(
+    lambda: prepare.prepare(config.data, folder, progress=hosts.is_first())
+  )
   by_user = records_by_user(config, folder)
   datasets = {
     split: pipeline.examples(config, folder, split=split)
@@ -159,7 +161,11 @@ def open_experiment(
   if _has_rows_of_its_own(config):
     training = pipeline.training_examples(config, folder)
   mechanism = mechanism_lib.build(
-    config, len(training) if by_user is None else len(by_user)
+    config,
+    len(training) if by_user is None else len(by_user),
+    sampler_root=hosts.from_first(
+      lambda: mechanism_lib.sampler_root_entropy(config)
+    ),
   )
   # Shapes only: skipping keeps a bad first record from ending the run here.
   probe = dataclasses.replace(
@@ -279,18 +285,28 @@ def predictions(
   dataset = experiment.datasets[split]
   rows: dict[str, list[np.ndarray]] = {}
   for batch in pipeline.eval_batches(
-    dataset, batch_size=experiment.config.perf.microbatch_size
+    dataset,
+    batch_size=experiment.config.perf.microbatch_size,
+    host=program.host,
   ):
-    real = ~batch["is_padding_example"]
-    loss, logits = jax.device_get(
-      program.evaluate(params, program.put_batch(batch), program.root_key)
+    placed = program.put_batch(batch)
+    loss, logits = program.evaluate(params, placed, program.root_key)
+    # Of the rows of all hosts.
+    known = program.whole(
+      {
+        name: placed[name]
+        for name in ("is_padding_example", "label", "num_bytes", "loss_mask")
+        if name in placed
+      }
     )
+    loss, logits, known = jax.device_get((loss, logits, known))
+    real = ~known["is_padding_example"]
     found = {
       "losses": loss,
-      "num_targets": batch["loss_mask"].sum(axis=1).astype(np.int64),
+      "num_targets": known["loss_mask"].sum(axis=1).astype(np.int64),
       "logits": logits,
-      "labels": batch.get("label"),
-      "num_bytes": batch.get("num_bytes"),
+      "labels": known.get("label"),
+      "num_bytes": known.get("num_bytes"),
     }
     for name, value in found.items():
       if value is not None:
@@ -359,20 +375,21 @@ class _Run:
         prefetch_steps=config.perf.prefetch_steps,
         users=experiment.users,
         num_views=config.train.views_per_example,
+        host=self._program.host,
       )
     )
     self._waited_secs = 0.0
     self._step = self._start_step
-    self._noise_key = self._program.put(
-      prng.root(mechanism_lib.noise_root_entropy(config))
-    )
+    entropy = hosts.from_first(lambda: mechanism_lib.noise_root_entropy(config))
+    self._noise_key = self._program.put(prng.root(entropy))
     self._noise_state = self._start_noise()
     self._clips_each_example = (
       self._mechanism.clipping is config_lib.Clipping.PER_EXAMPLE
     )
     self._first_report: tuple[int, float] | None = None
-    self._writer = metrics.Writer(
-      experiment.workdir, start_step=self._start_step
+    self._writer = metrics.writer(
+      experiment.workdir if hosts.is_first() else None,
+      start_step=self._start_step,
     )
 
   def _start(self) -> tuple[state_lib.TrainState, ledger_lib.Ledger]:
@@ -386,16 +403,25 @@ class _Run:
         fingerprint=self._program.fingerprint,
         warn=logging.warning,
       )
-    if found is None and not path.exists():
-      ledger = ledger_lib.Ledger.create(
-        path, claim, epsilon_after=epsilon_after
-      )
-      return self._program.init(), ledger
     step = 0 if found is None else int(jax.device_get(found[0].step))
-    # Raises where the ledger is missing, damaged, or older than the checkpoint.
-    ledger = ledger_lib.Ledger.load(
-      path, claim, epsilon_after=epsilon_after, resumed_at_step=step
-    )
+    ledger: ledger_lib.Ledger | None = None
+
+    def open_ledger() -> dict[str, Any]:
+      nonlocal ledger
+      if found is None and not path.exists():
+        ledger = ledger_lib.Ledger.create(
+          path, claim, epsilon_after=epsilon_after
+        )
+      else:
+        # Raises where it is missing, damaged, or older than the checkpoint.
+        ledger = ledger_lib.Ledger.load(
+          path, claim, epsilon_after=epsilon_after, resumed_at_step=step
+        )
+      return ledger.record
+
+    record = hosts.from_first(open_ledger)
+    if ledger is None:
+      ledger = ledger_lib.Ledger.follow(record, epsilon_after=epsilon_after)
     if found is None:  # Killed before the first checkpoint was complete.
       return self._program.init(), ledger
     state, position = found
@@ -436,6 +462,7 @@ class _Run:
       file=log,
       dynamic_ncols=True,
       mininterval=0.1 if log.isatty() else 10.0,
+      disable=not hosts.is_first(),
     )
     pending = None
     with bar:

@@ -160,6 +160,28 @@ def language(
   }
 
 
+class NoWriter:
+  """Writes nothing: of the processes of a job, one writes."""
+
+  def write(self, row: Mapping[str, Any]) -> None:
+    """Forgets the row."""
+
+  def flush(self) -> None:
+    """Nothing was written."""
+
+  def close(self) -> None:
+    """Nothing is open."""
+
+
+def writer(
+  workdir: pathlib.Path | None, *, start_step: int
+) -> "Writer | NoWriter":
+  """Writes rows to a folder, or nowhere."""
+  if workdir is None:
+    return NoWriter()
+  return Writer(workdir, start_step=start_step)
+
+
 class Writer:
   """Appends rows to `metrics.jsonl` and to TensorBoard."""
 

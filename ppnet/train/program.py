@@ -14,7 +14,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ppnet import config as config_lib
-from ppnet.core import checks, prng, trees
+from ppnet.core import checks, hosts, prng, trees
+from ppnet.data import pipeline
 from ppnet.models import hf, lora, multimodal, private_cut
 from ppnet.privacy import correlated, engine_choice, input_privacy
 from ppnet.privacy import mechanism as mechanism_lib
@@ -50,6 +51,8 @@ class Program:
     update: see `step.update`; both states are donated.
     evaluate: see `step.evaluate`.
     fingerprint: see `core.trees.fingerprint`.
+    whole: a tree of batch arrays, each with the rows of all hosts.
+    host: the rows of a batch that this process places.
     frozen: () -> the parameters that are not trained, computed or read once;
       `models.lora.combine` puts them and the trained ones together.
     cut_keys: fresh keys of the private cut for a batch; None without one.
@@ -70,6 +73,8 @@ class Program:
   update: Any
   evaluate: Any
   fingerprint: Any
+  whole: Any
+  host: pipeline.Host
   frozen: Any
   cut_keys: Any = None
 
@@ -84,14 +89,23 @@ class Program:
     With a private cut, every batch that is placed gets keys of its own: a state
     that was noised twice with one draw would give away a difference.
     """
-    placed = jax.device_put(dict(batch), self.rules.batch_sharding(self.mesh))
+    sharding = self.rules.batch_sharding(self.mesh)
+    if jax.process_count() == 1:
+      placed = jax.device_put(dict(batch), sharding)
+    else:
+      # The guard takes this for an implicit transfer; it is meant.
+      with jax.transfer_guard("allow"):
+        placed = {
+          name: jax.make_array_from_process_local_data(sharding, value)
+          for name, value in batch.items()
+        }
     if self.cut_keys is not None:
       placed["cut_key"] = self.cut_keys(placed["index"], placed.get("view"))
     return placed
 
   def put(self, value: Any) -> Any:
     """Places a small value on every device."""
-    return jax.device_put(value, rules_lib.replicated(self.mesh))
+    return rules_lib.put(value, self.mesh)
 
 
 def build(
@@ -119,7 +133,7 @@ def build(
   rules = rules_lib.Rules()
   model = _model(config.model, placeholder_ids)
   tx = optimizer.build(config.optimizer, config.train.num_steps)
-  root_key = jax.device_put(prng.root(config.seed), rules_lib.replicated(mesh))
+  root_key = rules_lib.put(prng.root(config.seed), mesh)
   is_trained = lora.trained_names(config)
   init_fn = functools.partial(
     _init,
@@ -154,6 +168,8 @@ def build(
     _init_frozen, root_key, model=model, example=example, is_trained=is_trained
   )
   num_rows = config.perf.microbatch_size * mechanism.rows_per_unit
+  # Whatever is fetched must be whole on every process.
+  rows_sharding = replicated if jax.process_count() > 1 else None
   # Shardings of inputs travel with the arrays; outputs are pinned, so that no
   # step can change where the state lives.
   program = Program(
@@ -178,7 +194,7 @@ def build(
         _accumulate, loss_fn=loss_fn, clipped_grad_of=clipped_grad_of
       ),
       donate_argnames="grad_sum",
-      out_shardings=(sum_sharding, None),
+      out_shardings=(sum_sharding, rows_sharding),
     ),
     **_noise_programs(mechanism, noise_shardings),
     update=jax.jit(
@@ -196,9 +212,12 @@ def build(
     evaluate=jax.jit(
       functools.partial(
         _evaluate, model=model, noise_config=config.attention_noise
-      )
+      ),
+      out_shardings=rows_sharding,
     ),
     fingerprint=jax.jit(trees.fingerprint, out_shardings=replicated),
+    whole=jax.jit(lambda tree: tree, out_shardings=rows_sharding),
+    host=_host(mesh, rules),
     frozen=lambda: {},
     cut_keys=_cut_keys(config.model.private_cut, mesh),
   )
@@ -221,6 +240,22 @@ def _mesh(
       **{"perf.microbatch_size": config.perf.microbatch_size},
     )
   return mesh
+
+
+def _host(mesh: Mesh, rules: rules_lib.Rules) -> pipeline.Host:
+  """The rows of a batch that this process's devices hold."""
+  parts = rules_lib.num_parts(mesh, rules.batch)
+  indices = rules.batch_sharding(mesh).addressable_devices_indices_map((parts,))
+  slices = [index[0] for index in indices.values() if index is not None]
+  own = sorted({rows.indices(parts)[0] for rows in slices})
+  if own != list(range(own[0], own[0] + len(own))):
+    checks.fail(
+      "a mesh that gives each process rows side by side",
+      "Let the axes data and fsdp be whole machines, and tensor be within one.",
+      rows=own,
+      of=parts,
+    )
+  return pipeline.Host(first=own[0], parts=len(own), of=parts)
 
 
 def _noise_programs(
@@ -404,10 +439,8 @@ def _cut_keys(config: config_lib.PrivateCutConfig, mesh: Mesh) -> Any:
   """
   if config.layer is None:
     return None
-  replicated = rules_lib.replicated(mesh)
-  root_key = jax.device_put(
-    prng.root(input_privacy.noise_root_entropy(config)), replicated
-  )
+  entropy = hosts.from_first(lambda: input_privacy.noise_root_entropy(config))
+  root_key = rules_lib.put(prng.root(entropy), mesh)
   numbers = itertools.count()
 
   @jax.jit
@@ -417,7 +450,7 @@ def _cut_keys(config: config_lib.PrivateCutConfig, mesh: Mesh) -> Any:
     return of_records if view is None else prng.per_view(of_records, view)
 
   def fresh(index, view):
-    number = jax.device_put(np.uint32(next(numbers)), replicated)
+    number = rules_lib.put(np.uint32(next(numbers)), mesh)
     return keys(root_key, number, index, view)
 
   return fresh

@@ -320,7 +320,7 @@ def test_hosts_read_their_rows_and_all_rows_together(count):
       _steps(
         tiny_examples.examples(23),
         _poisson,
-        host=pipeline.Host(index=i, count=count),
+        host=pipeline.Host(first=i, of=count),
       )
     )
     for i in range(count)
@@ -340,7 +340,7 @@ def test_hosts_read_their_rows_and_all_rows_together(count):
       pipeline.eval_batches(
         tiny_examples.examples(23),
         batch_size=4,
-        host=pipeline.Host(index=i, count=count),
+        host=pipeline.Host(first=i, of=count),
       )
     )
     for i in range(count)
@@ -348,12 +348,12 @@ def test_hosts_read_their_rows_and_all_rows_together(count):
   assert {len(batches) for batches in tests} == {6}
   seen = np.concatenate([b["index"] for batches in tests for b in batches])
   assert sorted(seen[seen >= 0]) == list(range(23))
-  with pytest.raises(ValueError, match="multiple of the number of hosts"):
+  with pytest.raises(ValueError, match="evenly among the hosts"):
     _steps(
       tiny_examples.examples(23),
       _poisson,
       microbatch_size=count + 1,
-      host=pipeline.Host(count=count),
+      host=pipeline.Host(of=count),
     )
 
 
@@ -372,7 +372,7 @@ def test_a_host_decodes_nothing_of_another_one():
       dataset,
       lambda step: np.arange(8),
       num_steps=1,
-      host=pipeline.Host(index=1, count=2),
+      host=pipeline.Host(first=1, of=2),
     )
   )
   assert sorted(source.read) == [2, 3, 6, 7]
