@@ -23,6 +23,8 @@ import soxr
 
 from ppnet.core import checks
 
+# A product of two bins below this has no phase that float32 could tell.
+_QUIET = 1e-30
 _OVERLAP = 4  # Frames over every sample. Hann squared then adds up to 1.5.
 
 
@@ -93,7 +95,8 @@ def _turns(now: np.ndarray, before: np.ndarray) -> np.ndarray:
   """
   step = now[:-1] * before[1:].conj()  # [T - 1, bins]
   size = np.abs(step)
-  step = np.where(size > 0, step / np.where(size > 0, size, 1), 1)
+  has_phase = size > _QUIET
+  step = np.where(has_phase, step / np.where(has_phase, size, 1), 1)
   peaks = _nearest_peaks(now)[1:]
   step = np.take_along_axis(step, peaks, axis=1).astype(np.complex64)
   turns = np.ones_like(now)
