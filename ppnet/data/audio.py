@@ -40,6 +40,7 @@ from ppnet.data import sources
 POWER_FLOOR = 1e-10
 # Read beyond the cut, so that the resampler's filter sees what follows it.
 _RESAMPLER_MARGIN_SECS = 0.1
+_SILENCE = 1e-5  # Amplitude over the largest one.
 # Sample rates outside are those of damaged headers.
 _MIN_RATE_HZ, _MAX_RATE_HZ = 1_000, 1_000_000
 # Floating-point files may pass full scale. Beyond the largest 32-bit integer a
@@ -111,7 +112,7 @@ class Decode(grain.transforms.Map):
 
   | recording | result |
   | --- | --- |
-  | WAV, FLAC, OGG and what else libsndfile reads; 8 to 32 bits, float | the clip |
+  | WAV, FLAC, OGG and what else libsndfile reads, of any depth | the clip |
   | one sample | it, and silence |
   | no sample, or bytes that are no recording | `BadRecordError` |
   | NaN, infinite, or over `MAX_AMPLITUDE` | `BadRecordError` |
@@ -232,12 +233,14 @@ def checked_waveform(element: Mapping[str, Any]) -> np.ndarray:
 
 
 def num_sounding(waveform: np.ndarray) -> int:
-  """Samples up to the last one that is not exactly 0.
+  """Samples up to the last one within 100 dB of the loudest.
 
-  What follows is the silence that pads a clip. It is no part of the recording,
-  so loudness and noise are measured without it.
+  What follows is the silence that pads a clip (or, after a resampler, what
+  rounding has made of it). It is no part of the recording, so loudness and
+  noise are measured without it.
   """
-  sounding = np.flatnonzero(waveform)
+  size = np.abs(waveform)
+  sounding = np.flatnonzero(size > _SILENCE * size.max(initial=0))
   return int(sounding[-1]) + 1 if sounding.size else 0
 
 

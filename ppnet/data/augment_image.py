@@ -87,14 +87,14 @@ class Flip(grain.transforms.RandomMap):
   def label(self) -> str:
     """Words for a table."""
     ways = [
-      f"{way} ({prob:g})"
+      f"{way} flip ({prob:g})"
       for way, prob in [
         ("horizontal", self.horizontal_prob),
         ("vertical", self.vertical_prob),
       ]
       if prob
     ]
-    return f"{' and '.join(ways) or 'no'} flip"
+    return ", ".join(ways) or "no flip"
 
   def random_map(
     self, element: Mapping[str, Any], rng: np.random.Generator

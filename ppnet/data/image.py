@@ -32,6 +32,7 @@ MAX_PIXELS = 1 << 26
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "PPM", "TIFF", "WEBP")
 # 16-bit grey, in Pillow's words. "I" is what Pillow before 10 calls it.
 _MODES_16_BIT = ("I;16", "I;16B", "I;16L", "I;16N")
+_MIN_MAX = "min–max to [0, 1]"
 # Modes whose range no file format fixes, so min-max has no public range.
 _MODES_WITHOUT_RANGE = ("I", "F")
 
@@ -86,7 +87,12 @@ class Decode(grain.transforms.Map):
     """Words for a table."""
     size = f"{self.image_size} × {self.image_size} " if self.image_size else ""
     colour = "grey" if self.image_channels == 1 else "RGB"
-    return f"{size}{colour}{'' if self.as_uint8 else ', min–max to [0, 1]'}"
+    return f"{size}{colour}"
+
+  @property
+  def normalisation_label(self) -> str:
+    """Words for what it does beside decoding."""
+    return "" if self.as_uint8 else _MIN_MAX
 
   def map(self, element: Mapping[str, Any]) -> dict[str, Any]:
     """Decodes `element["image"]`.
@@ -280,7 +286,7 @@ class MinMax(grain.transforms.Map):
   @property
   def label(self) -> str:
     """Words for a table."""
-    return "min–max to [0, 1], by the pixel type's range"
+    return _MIN_MAX
 
   def map(self, element: Mapping[str, Any]) -> dict[str, Any]:
     """Scales `element["image"]`.

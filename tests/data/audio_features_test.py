@@ -250,6 +250,10 @@ def _chain() -> list:
   ]
 
 
+def _refused(error: sources.BadRecordError) -> None:
+  assert error.record_id == "r8"
+
+
 def _through_chain(content) -> np.ndarray | None:
   """Features; None where the record was refused by name."""
   element = {"id": "r8", "audio": content}
@@ -257,8 +261,7 @@ def _through_chain(content) -> np.ndarray | None:
     for transform in _chain():
       element = transform.map(element)
   except sources.BadRecordError as error:
-    assert error.record_id == "r8"
-    return None
+    return _refused(error)
   features = element["audio"]
   assert features.shape == (24, 4)
   assert features.dtype == np.float32

@@ -320,6 +320,10 @@ _CHAIN = (
 )
 
 
+def _refused(error: sources.BadRecordError) -> None:
+  assert error.record_id == "r6"
+
+
 def _through_chain(content) -> np.ndarray | None:
   """Pixels; None where the record was refused by name."""
   element = {"id": "r6", "image": content}
@@ -331,8 +335,7 @@ def _through_chain(content) -> np.ndarray | None:
       else:
         element = transform.map(element)
   except sources.BadRecordError as error:
-    assert error.record_id == "r6"
-    return None
+    return _refused(error)
   assert element["image"].shape == (8, 8, 3)
   assert element["image"].dtype == np.float32
   assert np.abs(element["image"]).max() <= 1

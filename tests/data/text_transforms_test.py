@@ -31,6 +31,10 @@ def _apply(transform, written):
   return transform.map({"id": "r1", "text": written})["text"]
 
 
+def _refused(error: sources.BadRecordError) -> None:
+  assert error.record_id == "r1"
+
+
 def _chain(content, max_chars=50) -> str | None:
   """The normalised text; None where the record was refused by name."""
   try:
@@ -38,8 +42,7 @@ def _chain(content, max_chars=50) -> str | None:
     assert 0 < len(decoded) <= max_chars
     return _apply(text_transforms.Nfkc(), decoded)
   except sources.BadRecordError as error:
-    assert error.record_id == "r1"
-    return None
+    return _refused(error)
 
 
 # Decoding and cutting.
