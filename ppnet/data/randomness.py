@@ -17,6 +17,7 @@ True
 
 import hashlib
 import operator
+from typing import Any
 
 import numpy as np
 from numpy.random import bit_generator
@@ -90,5 +91,6 @@ def generator(
       stream=stream,
     )
   digest = hashlib.blake2b(content, digest_size=16, person=_PERSON).digest()
-  key = _Key(np.frombuffer(digest, "<u8"))
+  # NumPy takes any ISeedSequence here; its annotations name one of them.
+  key: Any = _Key(np.frombuffer(digest, "<u8"))
   return np.random.Generator(np.random.Philox(key))

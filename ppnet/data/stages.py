@@ -3,6 +3,7 @@
 For figures, tables and tests, which show what a pipeline does. A training
 pipeline applies the same transforms and keeps the end alone.
 
+>>> import numpy as np
 >>> from ppnet.data import image
 >>> element = {"id": "a", "image": image.encode_png(np.zeros((4, 4), np.uint8))}
 >>> chain = [
@@ -18,7 +19,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grain
-import numpy as np
 
 from ppnet.core import checks
 from ppnet.data import randomness
@@ -34,11 +34,11 @@ class Stage:
 
   Attributes:
     transform: the transform.
-    value: pixels, samples, frames, text or ids.
+    value: pixels, samples, frames or ids, an array; or text, a str.
   """
 
-  transform: Transform
-  value: np.ndarray | str
+  transform: Any  # A `Transform` that also has `kind` and `label`.
+  value: Any
 
 
 def is_random(transform: Transform) -> bool:

@@ -129,7 +129,7 @@ def _heading(fig: figure.Figure, part: Any, lines: Sequence[str]) -> None:
   ax = fig.add_subplot(part)
   ax.axis("off")
   for index, line in enumerate(lines):
-    style = (
+    style: dict[str, Any] = (
       {"fontsize": 14, "fontweight": "bold"}
       if index == 0
       else {"fontsize": 9, "color": _GREY}
@@ -290,8 +290,8 @@ def _draw_audio(
   lower = grid[3].subgridspec(1, 2)
   _draw_spectrogram(fig.add_subplot(upper[0]), clean, framing)
   if framing.log_mel is not None:
-    _draw_mel(fig.add_subplot(upper[1]), clean, framing)
-    _draw_mfcc(fig.add_subplot(lower[0]), clean, framing)
+    _draw_mel(fig.add_subplot(upper[1]), clean, framing, framing.log_mel)
+    _draw_mfcc(fig.add_subplot(lower[0]), clean, framing, framing.log_mel)
   _draw_input(fig.add_subplot(lower[1]), stages, framing)
   if has_views:
     count = len(views)
@@ -460,9 +460,13 @@ def _mel_axis(ax: axes.Axes, log_mel: audio.LogMel) -> None:
   ax.set_ylabel("frequency (Hz, mel scale)")
 
 
-def _draw_mel(ax: axes.Axes, waveform: np.ndarray, framing: _Framing) -> None:
+def _draw_mel(
+  ax: axes.Axes,
+  waveform: np.ndarray,
+  framing: _Framing,
+  log_mel: audio.LogMel,
+) -> None:
   """Log-mel, in dB whatever the unit in use, 80 dB deep."""
-  log_mel = framing.log_mel
   frames = log_mel.map({"id": "", "audio": waveform})["audio"]
   decibels = frames if log_mel.decibels else frames * _TO_DB
   decibels = np.maximum(decibels, decibels.max() - 80)
@@ -480,14 +484,19 @@ def _draw_mel(ax: axes.Axes, waveform: np.ndarray, framing: _Framing) -> None:
   )
 
 
-def _draw_mfcc(ax: axes.Axes, waveform: np.ndarray, framing: _Framing) -> None:
+def _draw_mfcc(
+  ax: axes.Axes,
+  waveform: np.ndarray,
+  framing: _Framing,
+  log_mel: audio.LogMel,
+) -> None:
   """Cepstral coefficients without the first, which is the loudness."""
   mfcc = framing.mfcc
   if mfcc is None:
-    mfcc = audio.Mfcc(num_mfcc=min(13, framing.log_mel.num_mels))
-  element = framing.log_mel.map({"id": "", "audio": waveform})
+    mfcc = audio.Mfcc(num_mfcc=min(13, log_mel.num_mels))
+  element = log_mel.map({"id": "", "audio": waveform})
   frames = mfcc.map(element)["audio"]
-  unit = "dB" if framing.log_mel.decibels else "nats"
+  unit = "dB" if log_mel.decibels else "nats"
   _draw_frames(
     ax,
     frames[:, 1:] if frames.shape[1] > 1 else frames,

@@ -125,7 +125,7 @@ def _shape(values: Sequence[np.ndarray | str]) -> str:
   return " × ".join(sizes) or "scalar"
 
 
-def _statistics(values: Sequence[np.ndarray | str]) -> dict[str, float]:
+def _statistics(values: Sequence[Any]) -> dict[str, float]:
   """Mean, deviation and extremes of all numbers, in float64."""
   if _is_text(values[0]):
     numbers = np.array([len(value) for value in values], np.float64)

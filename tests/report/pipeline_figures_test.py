@@ -1,6 +1,8 @@
 """Tests of ppnet.report.pipeline_figures and ppnet.report.pipeline_table."""
 
 import io
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -222,10 +224,11 @@ def test_files_are_written_and_the_same_again(tmp_path):
   settings = {"modality": "image", "seed": 1, "num_views": 2}
   element = _picture()
   paths = [
-    pipeline_figures.write(tmp_path / name / "pipeline_image", _IMAGE[:3], element,
-                           **settings)
+    pipeline_figures.write(
+      tmp_path / name / "pipeline_image", _IMAGE[:3], element, **settings
+    )
     for name in ("one", "two")
-  ]  # fmt: skip
+  ]
   assert paths[0] == tmp_path / "one" / "pipeline_image.png"
   for suffix in (".png", ".pdf"):
     first, second = (path.with_suffix(suffix).read_bytes() for path in paths)
@@ -249,6 +252,21 @@ def test_impossible_figure_is_named():
     pipeline_figures.draw(
       _IMAGE, {"id": "b", "image": b"none"}, modality="image", seed=0
     )
+
+
+_WITHOUT_JAX = """
+import sys
+class Blocker:
+  def find_spec(self, name, path=None, target=None):
+    if name.split(".")[0] in ("jax", "jaxlib", "flax"):
+      raise ImportError(f"{name} is blocked")
+sys.meta_path.insert(0, Blocker())
+from ppnet.report import pipeline_figures, pipeline_table
+"""
+
+
+def test_report_works_where_jax_is_not_installed():
+  subprocess.run([sys.executable, "-c", _WITHOUT_JAX], check=True)
 
 
 # The table.
