@@ -61,6 +61,18 @@ def test_rotation_moves_a_point_about_the_centre():
     assert np.hypot(across, up) == pytest.approx(12, abs=0.1)
 
 
+def test_rotated_ramp_is_the_ramp_at_the_other_angle():
+  y, x = np.mgrid[:41, :41] - 20.0
+  ramp = (x / 60 + 0.5).astype(np.float32)[:, :, None]
+  transform = augment_image.Rotate(max_degrees=60)
+  turned = _with_draws(transform, ramp, (17 / 60 + 1) / 2)[:, :, 0]
+  angle = np.radians(17)
+  expected = (x * np.cos(angle) - y * np.sin(angle)) / 60 + 0.5
+  inside = np.hypot(x, y) < 19
+  # Bilinear is exact on a ramp; the nearest pixel would be off by 0.5 / 60.
+  np.testing.assert_allclose(turned[inside], expected[inside], atol=1e-4)
+
+
 def test_angles_are_uniform_within_the_range():
   y, x = np.mgrid[:41, :41]
   spot = np.exp(-((x - 34) ** 2 + (y - 20) ** 2) / 8).astype(np.float32)
@@ -267,6 +279,8 @@ def test_pixel_types_have_their_own_range():
   for dtype in (np.uint8, np.uint16):
     top = np.array([[[0], [np.iinfo(dtype).max]]], dtype)
     np.testing.assert_array_equal(_apply(image.MinMax(), top), [[[0], [1]]])
+    dark = _apply(image.MinMax(), top // 4)  # Not by the picture's own range.
+    np.testing.assert_allclose(dark[0, 1, 0], 0.25, atol=0.01)
   with pytest.raises(ValueError, match="uint8 or uint16"):
     _apply(image.MinMax(), np.zeros((2, 2, 1), np.float32))
   with pytest.raises(ValueError, match="Put MinMax before"):
@@ -432,6 +446,28 @@ def test_damaged_pictures_are_refused_or_decode(data):
 @hypothesis.given(content=st.binary(max_size=300))
 def test_arbitrary_bytes_are_refused(content):
   assert _through_chain(content) is None
+
+
+@pytest.mark.parametrize("depth", ["PNG", "TIFF"])
+def test_sixteen_bits_are_rounded_to_eight(depth):
+  levels = np.random.default_rng(1).integers(0, 65536, (9, 12), np.uint16)
+  content = _encode(Image.fromarray(levels), format=depth)
+  decode = image.Decode(image_size=None, image_channels=3, as_uint8=True)
+  expected = np.rint(levels / 257).astype(np.uint8)
+  for channel in range(3):
+    np.testing.assert_array_equal(
+      _apply(decode, content)[:, :, channel], expected
+    )
+
+
+def test_formats_that_start_programs_are_not_tried():
+  # EPS goes to Ghostscript, in which no private record should be looked at.
+  content = _encode(Image.fromarray(_PIXELS), format="EPS")
+  with Image.open(io.BytesIO(content)) as opened:
+    assert opened.format == "EPS"  # Pillow itself would.
+  decode = image.Decode(image_size=8, image_channels=3)
+  with pytest.raises(sources.BadRecordError, match="cannot identify"):
+    _apply(decode, content)
 
 
 @pytest.mark.parametrize("content", [None, b"", "text", 12, b"%!PS-Adobe-3.0"])

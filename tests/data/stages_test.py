@@ -6,7 +6,7 @@ import grain
 import numpy as np
 import pytest
 
-from ppnet.data import augment_image, image, stages
+from ppnet.data import augment_audio, augment_image, image, stages
 from tests.data import conftest
 
 _CONTENT = conftest.png(
@@ -41,6 +41,20 @@ def test_views_depend_on_seed_record_and_view_and_nothing_else():
   np.testing.assert_array_equal(last(record=5, view=2), last(record=5, view=2))
   for options in ({"seed": 4}, {"record": 1}, {"view": 1}):
     assert not np.array_equal(last(**options), last())
+
+
+def test_each_transform_draws_for_itself():
+  noise = augment_audio.AddNoise(min_snr_db=0.0, max_snr_db=0.0)
+  clip = np.sin(np.arange(4000, dtype=np.float32))
+  first, second = (
+    stage.value
+    for stage in stages.trace(
+      [noise, noise], {"id": "a", "audio": clip}, "audio", seed=1
+    )
+  )
+  added = np.corrcoef(first - clip, second - first)[0, 1]
+  assert abs(added) < 0.1
+  # Fails if: two transforms share a stream.
 
 
 def test_transform_without_a_kind_and_missing_modality_are_named():
