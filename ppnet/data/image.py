@@ -14,7 +14,6 @@ another. What draws random numbers is in `augment_image`.
 
 import dataclasses
 import io
-import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -133,9 +132,7 @@ class Decode(grain.transforms.Map):
           pixels = np.rint(pixels * 255).astype(np.uint8)
         return np.repeat(pixels, self.image_channels, axis=2)
       if "transparency" in image.info and image.mode == "P":
-        with warnings.catch_warnings():  # Of colours that are dropped next.
-          warnings.simplefilter("ignore")
-          image = image.convert("RGBA")
+        image = image.convert("RGBA")  # Straight to RGB Pillow would warn.
       flat = image.convert("L" if self.image_channels == 1 else "RGB")
       pixels = _resized(flat, self.image_size)
       if pixels.ndim == 2:
