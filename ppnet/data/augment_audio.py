@@ -83,8 +83,8 @@ class AddNoise(grain.transforms.RandomMap):
 class TimeStretch(grain.transforms.RandomMap):
   """Plays the clip faster or slower, at its own pitch.
 
-  The result has max(1, round(samples / rate)) samples: `audio.FixLength` brings
-  all to one length again. See `phase_vocoder.stretch`.
+  The result has max(1, round(samples / rate)) samples: `audio.FixLength` after
+  it brings all to one length again. See `phase_vocoder.stretch`.
 
   Attributes:
     min_rate: the rate is drawn with a uniform logarithm, from this

@@ -114,6 +114,9 @@ class Flip(grain.transforms.RandomMap):
 class RandomCrop(grain.transforms.RandomMap):
   """Cuts out a square at a uniform place.
 
+  Evaluation leaves out what is random. Put `image.CenterCrop` of the same size
+  after it: there it does the work, and in training nothing.
+
   Attributes:
     size: height and width of the result in pixels.
     padding: rows and columns of black (0) put on every side before.

@@ -6,7 +6,7 @@ import grain
 import numpy as np
 import pytest
 
-from ppnet.data import augment_audio, augment_image, image, stages
+from ppnet.data import augment_audio, augment_image, examples, image, stages
 from tests.data import conftest
 
 _CONTENT = conftest.png(
@@ -41,6 +41,20 @@ def test_views_depend_on_seed_record_and_view_and_nothing_else():
   np.testing.assert_array_equal(last(record=5, view=2), last(record=5, view=2))
   for options in ({"seed": 4}, {"record": 1}, {"view": 1}):
     assert not np.array_equal(last(**options), last())
+
+
+def test_pipeline_decodes_once_and_normalises_whole_batches():
+  crop = image.CenterCrop(size=5)  # For evaluation, where nothing is random.
+  chain = examples.Chain(
+    [*_CHAIN[:2], crop, *_CHAIN[2:], image.ZScore(mean=0.5, std=0.5)],
+    shape=(5, 5, 3),
+  )
+  assert chain.fixed == (_CHAIN[0],)
+  assert chain.random == (_CHAIN[1], crop, _CHAIN[2])
+  assert [type(t).__name__ for t in chain.stacked] == ["MinMax", "ZScore"]
+  evaluated = chain.without_augmentation()
+  assert evaluated.fixed == (_CHAIN[0], crop)
+  assert not evaluated.random
 
 
 def test_each_transform_draws_for_itself():
