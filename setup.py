@@ -53,6 +53,7 @@ _EXTRAS_REQUIRE = {
   # of 2.13.0+cpu itself could not be met on a Mac.
   "peers": [
     "jax-privacy>=2.0",
+    "kymatio>=0.3",
     "librosa>=0.11",
     "opacus>=1.6",
     "peft>=0.21",

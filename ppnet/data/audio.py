@@ -1,13 +1,19 @@
 """Recordings: encoded bytes to float32 frames [A, M], and DTMF key tones.
 
-The chain is decode -> STFT power spectrogram -> mel bands -> logarithm ->
-(MFCC: cosine transform) -> z-score. The z-score takes mean and deviation from
-the clip itself, all its frames and bands together. So it needs no statistic of
-the data set: nothing about one record enters the features of another, and no
-privacy budget is spent on normalisation.
+Grain transformations, composed as a list: decode -> (loudness) -> STFT power
+spectrogram -> mel bands -> logarithm -> (MFCC: cosine transform) -> z-score.
+Loudness and z-score take their statistics from the clip itself. So they need
+no statistic of the data set: nothing about one record enters the features of
+another, and no privacy budget is spent on normalisation. What draws random
+numbers is in `augment_audio`.
 
 Frames start at multiples of the hop, with no padding around the clip: frame i
-holds samples [i * hop, i * hop + window).
+holds samples [i * hop, i * hop + window). With `center=True` it is librosa's
+default instead: half a window of silence on both sides, so that sample i * hop
+is the middle of frame i.
+
+With `center=True, decibels=True, top_db=80.0` the features are librosa's own
+(`feature.melspectrogram` with `power_to_db`, `feature.mfcc`), transposed.
 
 >>> num_frames(config_lib.AudioConfig())
 24
@@ -18,7 +24,7 @@ import functools
 import io
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import grain
 import numpy as np
@@ -34,6 +40,12 @@ from ppnet.data import sources
 POWER_FLOOR = 1e-10
 # Read beyond the cut, so that the resampler's filter sees what follows it.
 _RESAMPLER_MARGIN_SECS = 0.1
+_SILENCE = 1e-5  # Amplitude over the largest one.
+# Sample rates outside are those of damaged headers.
+_MIN_RATE_HZ, _MAX_RATE_HZ = 1_000, 1_000_000
+# Floating-point files may pass full scale. Beyond the largest 32-bit integer a
+# sample is none, and its square is near the end of float32.
+MAX_AMPLITUDE = 2.0**31
 
 # ITU-T Recommendation Q.23 (1988), section 6, in Hz.
 _DTMF_ROWS_HZ = (697.0, 770.0, 852.0, 941.0)
@@ -98,6 +110,14 @@ class Decode(grain.transforms.Map):
   tenth of a second more) is ever decoded. A WAV file that was cut short is a
   shorter clip: libsndfile, like every player, trusts the bytes that are there.
 
+  | recording | result |
+  | --- | --- |
+  | WAV, FLAC, OGG and what else libsndfile reads, of any depth | the clip |
+  | one sample | it, and silence |
+  | no sample, or bytes that are no recording | `BadRecordError` |
+  | NaN, infinite, or over `MAX_AMPLITUDE` | `BadRecordError` |
+  | a rate under 1 kHz or over 1 MHz | `BadRecordError` |
+
   Attributes:
     sample_rate_hz: rate of the result.
     max_secs: length of the result.
@@ -105,6 +125,13 @@ class Decode(grain.transforms.Map):
 
   sample_rate_hz: int
   max_secs: float
+
+  kind: ClassVar[str] = "decode"
+
+  @property
+  def label(self) -> str:
+    """Words for a table."""
+    return f"{self.sample_rate_hz / 1000:g} kHz mono, {self.max_secs:g} s"
 
   def __post_init__(self):
     checks.positive(sample_rate_hz=self.sample_rate_hz, max_secs=self.max_secs)
@@ -124,8 +151,9 @@ class Decode(grain.transforms.Map):
       )
     try:
       waveform = self._decode(content)
-    except (RuntimeError, ValueError, TypeError) as error:
-      # soundfile's LibsndfileError is a RuntimeError; soxr raises the others.
+    except Exception as error:
+      # soundfile's LibsndfileError is a RuntimeError, soxr raises ValueError
+      # and TypeError; what damaged bytes raise beside them is not documented.
       raise sources.BadRecordError(
         element["id"],
         f"the recording cannot be decoded ({type(error).__name__}: {error}).",
@@ -136,12 +164,16 @@ class Decode(grain.transforms.Map):
     """Returns float32 [samples]."""
     with soundfile.SoundFile(io.BytesIO(content)) as file:
       rate_hz = file.samplerate
+      if not _MIN_RATE_HZ <= rate_hz <= _MAX_RATE_HZ:
+        raise ValueError(f"a sample rate of {rate_hz} Hz")
       wanted = math.ceil((self.max_secs + _RESAMPLER_MARGIN_SECS) * rate_hz)
       channels = file.read(wanted, dtype="float32", always_2d=True)
     if not channels.size:
       raise ValueError("it holds no sample")
     if not np.isfinite(channels).all():
       raise ValueError("a sample is NaN or infinite")
+    if np.abs(channels).max() > MAX_AMPLITUDE:
+      raise ValueError("a sample is far beyond full scale")
     waveform = channels.mean(axis=1)
     if rate_hz != self.sample_rate_hz:
       waveform = soxr.resample(waveform, rate_hz, self.sample_rate_hz)
@@ -150,23 +182,231 @@ class Decode(grain.transforms.Map):
     return np.pad(waveform, (0, size - len(waveform))).astype(np.float32)
 
 
-def power_spectrogram(
-  waveform: np.ndarray, *, window: int, hop: int
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FixLength(grain.transforms.Map):
+  """Waveform [samples] -> [num_samples], cut or padded at its end with silence.
+
+  For clips whose length was changed, as by `augment_audio.TimeStretch`.
+
+  Attributes:
+    num_samples: of the result.
+  """
+
+  num_samples: int
+
+  kind: ClassVar[str] = "decode"
+
+  def __post_init__(self):
+    checks.positive(num_samples=self.num_samples)
+
+  @property
+  def label(self) -> str:
+    """Words for a table."""
+    return f"{self.num_samples} samples"
+
+  def map(self, element: Mapping[str, Any]) -> dict[str, Any]:
+    """Cuts or pads the waveform `element["audio"]`."""
+    waveform = checked_waveform(element)[: self.num_samples]
+    missing = self.num_samples - len(waveform)
+    return {**element, "audio": np.pad(waveform, (0, missing))}
+
+
+def checked_waveform(element: Mapping[str, Any]) -> np.ndarray:
+  """Returns the waveform of an element.
+
+  Raises:
+    sources.BadRecordError: it has no sample, or one is NaN or infinite.
+    ValueError: it is no waveform, so the transforms are in a wrong order.
+  """
+  waveform = element["audio"]
+  if not isinstance(waveform, np.ndarray) or waveform.ndim != 1:
+    checks.fail(
+      "a waveform [samples]",
+      "Put Decode before this transform, and spectra after it.",
+      audio=getattr(waveform, "shape", type(waveform).__name__),
+    )
+  if not waveform.size:
+    raise sources.BadRecordError(element["id"], "it holds no sample.")
+  if not np.isfinite(waveform).all():
+    raise sources.BadRecordError(element["id"], "a sample is NaN or infinite.")
+  return waveform
+
+
+def num_sounding(waveform: np.ndarray) -> int:
+  """Samples up to the last one within 100 dB of the loudest.
+
+  What follows is the silence that pads a clip (or, after a resampler, what
+  rounding has made of it). It is no part of the recording, so loudness and
+  noise are measured without it.
+  """
+  size = np.abs(waveform)
+  sounding = np.flatnonzero(size > _SILENCE * size.max(initial=0))
+  return int(sounding[-1]) + 1 if sounding.size else 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loudness(grain.transforms.Map):
+  """Waveform float [samples] -> the same at a given RMS level, float32.
+
+  One gain for the whole clip, from its own root mean square, without the
+  silence that pads it at its end. 0 dBFS is an RMS of 1, so a sine of full
+  scale has -3.01 dBFS. The result may pass full scale and is not cut. Pure
+  silence stays. (The gated loudness of ITU-R BS.1770 needs 0.4 s and more;
+  many clips are shorter.)
+
+  Attributes:
+    target_dbfs: level of the result.
+  """
+
+  target_dbfs: float
+
+  kind: ClassVar[str] = "normalisation"
+
+  def __post_init__(self):
+    if not -120 <= self.target_dbfs <= 60:
+      checks.fail("-120 <= target_dbfs <= 60", target_dbfs=self.target_dbfs)
+
+  @property
+  def label(self) -> str:
+    """Words for a table."""
+    return f"loudness to {self.target_dbfs:g} dBFS RMS"
+
+  def map(self, element: Mapping[str, Any]) -> dict[str, Any]:
+    """Scales the waveform `element["audio"]`."""
+    waveform = checked_waveform(element).astype(np.float64)
+    sounding = waveform[: num_sounding(waveform)]
+    if sounding.size:
+      rms = math.sqrt(np.square(sounding).mean())
+      waveform = waveform * (10 ** (self.target_dbfs / 20) / rms)
+    return {**element, "audio": waveform.astype(np.float32)}
+
+
+def spectrum(
+  waveform: np.ndarray, *, window: int, hop: int, center: bool = False
 ) -> np.ndarray:
-  """Squared magnitude of the short-time Fourier transform.
+  """Short-time Fourier transform with a periodic Hann window.
+
+  Computed in float64: in float32, bands under -120 dB of the loudest would be
+  rounding errors.
 
   Args:
-    waveform: float [samples], at least one window long.
-    window: samples per frame, weighted by a periodic Hann window.
+    waveform: float [samples], at least one window long unless centred.
+    window: samples per frame.
     hop: samples between frames.
+    center: pad with half a window of silence on both sides.
 
   Returns:
-    float64 [frames, window // 2 + 1], without any normalisation.
+    complex128 [frames, window // 2 + 1], without any normalisation.
   """
+  if center:
+    waveform = np.pad(waveform, window // 2)
   frames = np.lib.stride_tricks.sliding_window_view(waveform, window)[::hop]
+  return scipy.fft.rfft(frames * _hann(window))  # [frames, bins]
+
+
+@functools.lru_cache(maxsize=16)
+def _hann(window: int) -> np.ndarray:
+  """Returns the periodic Hann window, float64 [window], read-only."""
   hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(window) / window)
-  spectrum = np.fft.rfft(frames.astype(np.float64) * hann)  # [frames, bins]
-  return spectrum.real**2 + spectrum.imag**2
+  hann.flags.writeable = False
+  return hann
+
+
+def power_spectrogram(
+  waveform: np.ndarray, *, window: int, hop: int, center: bool = False
+) -> np.ndarray:
+  """Squared magnitude of `spectrum`: float64 [frames, window // 2 + 1]."""
+  values = spectrum(waveform, window=window, hop=hop, center=center)
+  return values.real**2 + values.imag**2
+
+
+def to_decibels(power: np.ndarray, *, top_db: float | None) -> np.ndarray:
+  """10 log10(power), from `POWER_FLOOR` up.
+
+  Args:
+    power: of any shape; 1 is 0 dB.
+    top_db: nothing lies further below the largest value than this; None: only
+      the floor holds.
+  """
+  decibels = 10 * np.log10(np.maximum(power, POWER_FLOOR))
+  if top_db is not None:
+    decibels = np.maximum(decibels, decibels.max() - top_db)
+  return decibels
+
+
+_SPECTROGRAMS = {
+  "complex": "complex STFT",
+  "magnitude": "STFT magnitude",
+  "power": "STFT power",
+  "db": "STFT power in dB",
+}
+
+
+def _checked_frames(
+  element: Mapping[str, Any], *, window: int, center: bool
+) -> np.ndarray:
+  """Returns the waveform, which holds at least one frame.
+
+  Raises:
+    sources.BadRecordError: it does not, or see `checked_waveform`.
+  """
+  waveform = checked_waveform(element)
+  if not center and len(waveform) < window:
+    raise sources.BadRecordError(
+      element["id"],
+      f"its {len(waveform)} samples do not fill a window of {window}.",
+    )
+  return waveform
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spectrogram(grain.transforms.Map):
+  """Waveform float [samples] -> short-time Fourier transform [A, bins].
+
+  Attributes:
+    window: samples per frame; bins = window // 2 + 1.
+    hop: samples between frames.
+    output: "complex" (complex64), "magnitude", "power" or "db" (float32;
+      10 log10 of the power, from -100 dB up).
+    center: pad with half a window of silence on both sides.
+    top_db: of "db" alone; see `to_decibels`.
+  """
+
+  window: int
+  hop: int
+  output: str = "db"
+  center: bool = False
+  top_db: float | None = None
+
+  kind: ClassVar[str] = "feature extraction"
+
+  def __post_init__(self):
+    checks.positive(window=self.window, hop=self.hop)
+    if self.output not in _SPECTROGRAMS:
+      checks.fail(f"output to be one of {[*_SPECTROGRAMS]}", output=self.output)
+    if self.top_db is not None:
+      checks.positive(top_db=self.top_db)
+      if self.output != "db":
+        checks.fail("output='db' where top_db is set", output=self.output)
+
+  @property
+  def label(self) -> str:
+    """Words for a table."""
+    return f"{_SPECTROGRAMS[self.output]}, window {self.window}, hop {self.hop}"
+
+  def map(self, element: Mapping[str, Any]) -> dict[str, Any]:
+    """Replaces the waveform `element["audio"]`."""
+    waveform = _checked_frames(element, window=self.window, center=self.center)
+    settings = {"window": self.window, "hop": self.hop, "center": self.center}
+    if self.output == "complex":
+      values = spectrum(waveform, **settings).astype(np.complex64)
+      return {**element, "audio": values}
+    values = power_spectrogram(waveform, **settings)
+    if self.output == "magnitude":
+      values = np.sqrt(values)
+    elif self.output == "db":
+      values = to_decibels(values, top_db=self.top_db)
+    return {**element, "audio": values.astype(np.float32)}
 
 
 def hz_to_mel(frequency_hz: np.ndarray) -> np.ndarray:
@@ -249,16 +489,19 @@ def mel_filter_bank(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogMel(grain.transforms.Map):
-  """Waveform float [samples] -> log-mel float64 [A, num_mels] in nats.
+  """Waveform float [samples] -> log-mel float32 [A, num_mels].
 
-  The natural logarithm of the power in each band of `mel_filter_bank`, never
-  below log(POWER_FLOOR).
+  The logarithm of the power in each band of `mel_filter_bank`, never below that
+  of `POWER_FLOOR`: natural (nats), or 10 log10 (decibels).
 
   Attributes:
     sample_rate_hz: rate of the waveform.
     window: samples per frame.
     hop: samples between frames.
     num_mels: number of bands between `min_hz` and `max_hz`.
+    center: pad with half a window of silence on both sides.
+    decibels: decibels instead of nats.
+    top_db: of decibels alone; see `to_decibels`.
   """
 
   sample_rate_hz: int
@@ -267,9 +510,27 @@ class LogMel(grain.transforms.Map):
   num_mels: int
   min_hz: float
   max_hz: float
+  center: bool = False
+  decibels: bool = False
+  top_db: float | None = None
+
+  kind: ClassVar[str] = "feature extraction"
 
   def __post_init__(self):
     self._bank()  # A band without a frequency is found here, not in a thread.
+    if self.top_db is not None:
+      checks.positive(top_db=self.top_db)
+      if not self.decibels:
+        checks.fail("decibels=True where top_db is set", decibels=False)
+
+  @property
+  def label(self) -> str:
+    """Words for a table."""
+    unit = ", dB" if self.decibels else ""
+    return (
+      f"log-mel, {self.num_mels} bands{unit}, window {self.window}, hop"
+      f" {self.hop}"
+    )
 
   def _bank(self) -> np.ndarray:
     """Returns the filter bank of these settings."""
@@ -282,12 +543,21 @@ class LogMel(grain.transforms.Map):
     )
 
   def map(self, element: Mapping[str, Any]) -> dict[str, Any]:
-    """Replaces the waveform `element["audio"]`."""
+    """Replaces the waveform `element["audio"]`.
+
+    Raises:
+      sources.BadRecordError: the waveform does not fill a window, or holds NaN.
+    """
+    waveform = _checked_frames(element, window=self.window, center=self.center)
     power = power_spectrogram(
-      element["audio"], window=self.window, hop=self.hop
+      waveform, window=self.window, hop=self.hop, center=self.center
     )
-    mel = np.maximum(power @ self._bank().T, POWER_FLOOR)
-    return {**element, "audio": np.log(mel)}
+    mel = power @ self._bank().T
+    if self.decibels:
+      log_mel = to_decibels(mel, top_db=self.top_db)
+    else:
+      log_mel = np.log(np.maximum(mel, POWER_FLOOR))
+    return {**element, "audio": log_mel.astype(np.float32)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -295,7 +565,8 @@ class Mfcc(grain.transforms.Map):
   """Log-mel [A, num_mels] -> the first `num_mfcc` cepstral coefficients.
 
   The orthonormal DCT-II over the bands (Davis and Mermelstein 1980, equation 1,
-  https://doi.org/10.1109/TASSP.1980.1163420), without liftering.
+  https://doi.org/10.1109/TASSP.1980.1163420), without liftering; float32, in
+  the unit of the log-mel.
 
   Attributes:
     num_mfcc: coefficients kept; at most the number of bands.
@@ -303,25 +574,48 @@ class Mfcc(grain.transforms.Map):
 
   num_mfcc: int
 
+  kind: ClassVar[str] = "feature extraction"
+
+  def __post_init__(self):
+    checks.positive(num_mfcc=self.num_mfcc)
+
+  @property
+  def label(self) -> str:
+    """Words for a table."""
+    return f"MFCC, {self.num_mfcc} coefficients"
+
   def map(self, element: Mapping[str, Any]) -> dict[str, Any]:
     """Replaces the log-mel frames `element["audio"]`."""
-    cepstrum = scipy.fft.dct(element["audio"], type=2, norm="ortho", axis=-1)
-    return {**element, "audio": cepstrum[:, : self.num_mfcc]}
+    log_mel = element["audio"].astype(np.float64)
+    if self.num_mfcc > log_mel.shape[-1]:
+      checks.at_most(log_mel.shape[-1], num_mfcc=self.num_mfcc)
+    cepstrum = scipy.fft.dct(log_mel, type=2, norm="ortho", axis=-1)
+    return {**element, "audio": cepstrum[:, : self.num_mfcc].astype(np.float32)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ZScoreClip(grain.transforms.Map):
-  """Frames -> float32 with mean 0 and deviation 1 over the clip itself.
+  """Frames or waveform -> float32 of mean 0, deviation 1 over the clip itself.
 
   A clip without any variation (pure silence) becomes zeros.
   """
 
+  kind: ClassVar[str] = "normalisation"
+
+  @property
+  def label(self) -> str:
+    """Words for a table."""
+    return "z-score of each clip by itself"
+
   def map(self, element: Mapping[str, Any]) -> dict[str, Any]:
     """Normalises `element["audio"]`."""
-    frames = element["audio"]
-    centred = frames - frames.mean()
-    # Rounding alone gives a constant clip a deviation of about 1e-15.
-    std = max(centred.std(), 1e-6)
+    values = element["audio"].astype(np.float64)
+    mean = values.mean()
+    centred = values - mean
+    std = centred.std()
+    # Below this the variation is the rounding of equal numbers, as of float32.
+    if std <= 1e-6 * max(abs(mean), 1e-3):
+      return {**element, "audio": np.zeros(values.shape, np.float32)}
     return {**element, "audio": (centred / std).astype(np.float32)}
 
 
@@ -347,7 +641,6 @@ def transforms(
     ),
   )
   if config.feature is config_lib.AudioFeature.MFCC:
-    checks.positive(num_mfcc=config.num_mfcc)
     checks.at_most(
       config.num_mels, "There is one per band.", num_mfcc=config.num_mfcc
     )

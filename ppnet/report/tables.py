@@ -359,26 +359,36 @@ def _reasons(rows: Sequence[Mapping[str, Any]], *names: str) -> list[str]:
   return ["\n".join(lines)] if lines else []
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(
+  header: Sequence[str], rows: Sequence[Sequence[str]], *, num_left: int = 1
+) -> str:
   """A Markdown table with padded columns: words left, the others right.
 
   >>> print(markdown_table(["sampler", "ε"], [["POISSON", "3.00"]]))
   | sampler |    ε |
   | ------- | ---: |
   | POISSON | 3.00 |
+
+  Args:
+    header: a word for each column.
+    rows: a cell for each column.
+    num_left: how many of the first columns hold words.
   """
   lines = [list(header), *(list(row) for row in rows)]
   widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
+  widths[num_left:] = [max(width, 4) for width in widths[num_left:]]
 
   def join(cells: Sequence[str]) -> str:
-    padded = [cells[0].ljust(widths[0])] + [
-      cell.rjust(width)
-      for cell, width in zip(cells[1:], widths[1:], strict=True)
+    padded = [
+      cell.ljust(width) if column < num_left else cell.rjust(width)
+      for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
     ]
     return f"| {' | '.join(padded)} |"
 
-  widths[1:] = [max(width, 4) for width in widths[1:]]
-  rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+  rule = [
+    "-" * width if column < num_left else "-" * (width - 1) + ":"
+    for column, width in enumerate(widths)
+  ]
   return "\n".join([join(lines[0]), join(rule), *map(join, lines[1:])])
 
 
