@@ -423,8 +423,8 @@ def _main(argv: Sequence[str]) -> None:
       raise
     hosts.leave(
       "Another process of this job ended or cannot be reached"
-      f" ({str(error).splitlines()[0][:200]}). Start all of them again: the same"
-      " command goes on from the last checkpoint.",
+      f" ({str(error).splitlines()[0][:200]}). Start all of them again: the"
+      " same command goes on from the last checkpoint.",
       exit_code=preemption.EXIT_CODE,
     )
   except (ValueError, RuntimeError) as error:

@@ -34,8 +34,6 @@ def start(
     num_processes: how many there are.
     process_id: which one this is, from 0.
   """
-  # What carries sums between processors; other devices bring their own.
-  jax.config.update("jax_cpu_collectives_implementation", "gloo")
   jax.distributed.initialize(
     coordinator_address=coordinator,
     num_processes=num_processes,
