@@ -345,7 +345,13 @@ def _parse(argv: Sequence[str]) -> list[str]:
     arguments.check_fields()
   except ValueError as error:
     sys.exit(f"error: {error}")
-  rest = app.parse_flags_with_usage(arguments.without_none)
+  try:
+    rest = app.parse_flags_with_usage(arguments.without_none)
+  except ValueError as error:
+    explained = arguments.explain(error)
+    if explained is None:
+      raise
+    sys.exit(f"error: {explained}")
   if _CONFIG.value is None:
     sys.exit(
       "error: --config is missing. Try --config=configs/quickstart.py, or"

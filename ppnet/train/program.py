@@ -41,6 +41,7 @@ class Program:
     engine: how clipped sums are computed, and why so; None if nothing is.
     mechanism: sampler, clip, noise and accountant.
     abstract_state: shapes, dtypes and shardings of the train state.
+    abstract_frozen: the same of what is not trained.
     root_key: root of initial parameters and attention noise, from the seed.
     init: () -> TrainState.
     init_grad_sum: params -> an empty `step.GradSum`.
@@ -61,6 +62,7 @@ class Program:
   engine: engine_choice.Choice | None
   mechanism: mechanism_lib.Mechanism
   abstract_state: state_lib.TrainState
+  abstract_frozen: Any
   root_key: jax.Array
   init: Any
   init_grad_sum: Any
@@ -101,6 +103,7 @@ def build(
   *,
   placeholder_ids: Mapping[str, int],
   devices: list[jax.Device] | None = None,
+  is_at_hand: bool = True,
 ) -> Program:
   """Puts model, mechanism and mesh together. Compiles nothing yet.
 
@@ -110,6 +113,8 @@ def build(
     example: one example of the pipeline, for its shapes.
     placeholder_ids: modality to the token whose places it takes.
     devices: all of this job's devices when None.
+    is_at_hand: False where this process cannot reach the devices: nothing is
+      put on them, and the functions can be lowered and compiled, not called.
 
   Raises:
     ValueError: the mesh or the microbatch does not fit the devices, no
@@ -119,7 +124,9 @@ def build(
   rules = rules_lib.Rules()
   model = _model(config.model, placeholder_ids)
   tx = optimizer.build(config.optimizer, config.train.num_steps)
-  root_key = jax.device_put(prng.root(config.seed), rules_lib.replicated(mesh))
+  root_key = prng.root(config.seed)
+  if is_at_hand:
+    root_key = jax.device_put(root_key, rules_lib.replicated(mesh))
   is_trained = lora.trained_names(config)
   init_fn = functools.partial(
     _init,
@@ -132,13 +139,7 @@ def build(
   shardings, frozen_shardings = _shardings(
     model, tx, example, mesh, rules, mechanism, is_trained=is_trained
   )
-  abstract_state = jax.tree.map(
-    lambda leaf, sharding: jax.ShapeDtypeStruct(
-      leaf.shape, leaf.dtype, sharding=sharding
-    ),
-    jax.eval_shape(init_fn, root_key),
-    shardings,
-  )
+  abstract_state = _abstract(jax.eval_shape(init_fn, root_key), shardings)
   replicated = rules_lib.replicated(mesh)
   sum_sharding = step_lib.GradSum(
     total=shardings.params, num_units=replicated, count=replicated
@@ -153,6 +154,7 @@ def build(
   frozen_fn = functools.partial(
     _init_frozen, root_key, model=model, example=example, is_trained=is_trained
   )
+  abstract_frozen = _abstract(jax.eval_shape(frozen_fn), frozen_shardings)
   num_rows = config.perf.microbatch_size * mechanism.rows_per_unit
   # Shardings of inputs travel with the arrays; outputs are pinned, so that no
   # step can change where the state lives.
@@ -163,13 +165,14 @@ def build(
     engine=_engine(
       lambda frozen: clipped_grad_of(lora.with_frozen(loss_fn, frozen)),
       abstract_state.params,
-      jax.eval_shape(frozen_fn),
+      abstract_frozen,
       _abstract_batch(
         example, num_rows=num_rows, has_cut=model.cut is not None
       ),
     ),
     mechanism=mechanism,
     abstract_state=abstract_state,
+    abstract_frozen=abstract_frozen,
     root_key=root_key,
     init=jax.jit(functools.partial(init_fn, root_key), out_shardings=shardings),
     init_grad_sum=jax.jit(step_lib.init_grad_sum, out_shardings=sum_sharding),
@@ -200,11 +203,24 @@ def build(
     ),
     fingerprint=jax.jit(trees.fingerprint, out_shardings=replicated),
     frozen=lambda: {},
-    cut_keys=_cut_keys(config.model.private_cut, mesh),
+    cut_keys=_cut_keys(config.model.private_cut, mesh) if is_at_hand else None,
   )
+  if not is_at_hand:
+    return program
   if is_trained is None and not config.model.decoder_weights:
     return program
   return _with_frozen(program, config, frozen_fn, frozen_shardings)
+
+
+def _abstract(shapes: Any, shardings: Any) -> Any:
+  """Shapes and dtypes with where their arrays live."""
+  return jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=sharding
+    ),
+    shapes,
+    shardings,
+  )
 
 
 def _mesh(
