@@ -263,21 +263,22 @@ def _with_frozen(
 ) -> Program:
   """Hands the steps what is not trained, and begins from weights on disk."""
   frozen = jax.jit(frozen_fn, out_shardings=frozen_shardings)
-  begin_with = functools.partial(_from_disk, config.model)
+  begin_with = functools.partial(
+    _from_disk, config.model, mesh=program.mesh, rules=program.rules
+  )
   if config.model.decoder_weights:
     _check_same_decoder(config.model)  # Now, and not after an hour of waiting.
 
   def init():
     state = program.init()
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state.params)
-    params = begin_with(state.params, shardings, dtype=jnp.float32)
+    params = begin_with(state.params, dtype=jnp.float32)
     return dataclasses.replace(state, params=params)
 
   @functools.cache
   def all_frozen():
     # Once, and before the first step: what the guard forbids is a stall.
     with jax.transfer_guard("allow"):
-      return begin_with(frozen(), frozen_shardings, dtype=_FROZEN_DTYPE)
+      return begin_with(frozen(), dtype=_FROZEN_DTYPE)
 
   def accumulate(*args):
     return program.accumulate(*args, frozen=all_frozen())
@@ -358,22 +359,46 @@ def _check_same_decoder(config: config_lib.ModelConfig) -> None:
 
 
 def _from_disk(
-  config: config_lib.ModelConfig, params: Any, shardings: Any, *, dtype: Any
+  config: config_lib.ModelConfig,
+  params: Any,
+  *,
+  mesh: Mesh,
+  rules: rules_lib.Rules,
+  dtype: Any,
 ) -> Any:
-  """Parameters with the decoder's stored ones in their places."""
-  if not config.decoder_weights or not params.get("decoder"):
+  """Parameters with the decoder's stored ones in their places.
+
+  The arrays they replace are deleted first: no device holds both.
+  """
+  if not config.decoder_weights:
     return params
-  _, stored = hf.load(config.decoder_weights, dtype=dtype)
-  stored = {"decoder": stored}
+  replaced = {
+    "/".join(entry.key for entry in path): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(
+      params.get("decoder", {})
+    )
+    if not lora.is_adapter(path[-1].key)
+  }
+  if not replaced:
+    return params
+  for leaf in replaced.values():
+    leaf.delete()
+  _, stored = hf.load(
+    config.decoder_weights,
+    dtype=dtype,
+    mesh=mesh,
+    rules=rules,
+    is_wanted=replaced.__contains__,
+  )
 
-  def replaced(path, leaf, sharding):
+  def value(path, leaf):
     names = [entry.key for entry in path]
-    if lora.is_adapter(names[-1]) or names[0] != "decoder":
+    if "/".join(names) not in replaced:
       return leaf
-    value = functools.reduce(lambda node, name: node[name], names, stored)
-    return jax.device_put(value, sharding)
+    return functools.reduce(lambda node, name: node[name], names, stored)
 
-  return jax.tree_util.tree_map_with_path(replaced, params, shardings)
+  decoder = jax.tree_util.tree_map_with_path(value, params["decoder"])
+  return {**params, "decoder": decoder}
 
 
 def _abstract_batch(
