@@ -32,9 +32,7 @@ def build(
   )
 
 
-def sizes(
-  config: config_lib.MeshConfig, num_devices: int
-) -> tuple[int, int, int]:
+def sizes(config: config_lib.MeshConfig, num_devices: int) -> tuple[int, ...]:
   """Devices per axis of `AXES`.
 
   Raises:

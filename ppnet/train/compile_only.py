@@ -56,6 +56,8 @@ class Compiled:
     alias_bytes: of outputs that take a donated argument's place.
     resident_bytes: of train state that is no argument, but waits on the device:
       the optimizer's while gradients are accumulated.
+    total_bytes: what a device must hold at once: all of these but outputs in
+      arguments' memory, which count once. None where the compiler gave up.
     code_bytes: of the program.
     matmul_flops: of all matrix products on all devices together, as the program
       says before the compiler sees it; the fewest and the most, where
@@ -72,23 +74,11 @@ class Compiled:
   output_bytes: int | None = None
   alias_bytes: int | None = None
   resident_bytes: int
+  total_bytes: int | None = None
   code_bytes: int | None = None
   matmul_flops: tuple[int, int] | None
   compile_secs: float
   message: str = ""
-
-  @property
-  def total_bytes(self) -> int | None:
-    """What a device must hold; None where the compiler gave up."""
-    if self.argument_bytes is None:
-      return None
-    return (
-      self.argument_bytes
-      + self.temp_bytes
-      + self.output_bytes
-      - self.alias_bytes
-      + self.resident_bytes
-    )
 
 
 def compile_for(config: config_lib.ExperimentConfig) -> dict[str, Any]:
@@ -139,10 +129,7 @@ def compile_for(config: config_lib.ExperimentConfig) -> dict[str, Any]:
     "engine": program.engine,
     "attention": config.model.decoder.attention,
     "fits": all(each.fits for each in programs),
-    "programs": [
-      dataclasses.asdict(each) | {"total_bytes": each.total_bytes}
-      for each in programs
-    ],
+    "programs": programs,
   }
 
 
@@ -169,13 +156,13 @@ def topology_devices(name: str) -> list[jax.Device]:
 
 def abstract_example(
   config: config_lib.ExperimentConfig,
-) -> dict[str, np.ndarray]:
+) -> dict[str, Any]:
   """One example of the longest sequence, all zeros, as the pipeline makes it.
 
   A modality whose stem is configured has one array; see `data.pipeline`.
   """
   num_tokens, data = config.model.decoder.max_seq_len, config.data
-  example = {
+  example: dict[str, Any] = {
     "tokens": np.zeros(num_tokens, np.int32),
     "targets": np.zeros(num_tokens, np.int32),
     "loss_mask": np.zeros(num_tokens, np.float32),
@@ -301,20 +288,26 @@ def _compile(
       message=str(error),
     )
   memory = compiled.memory_analysis()
-  result = Compiled(
+  total = (
+    memory.argument_size_in_bytes
+    + memory.temp_size_in_bytes
+    + memory.output_size_in_bytes
+    - memory.alias_size_in_bytes
+    + resident_bytes  # Of which the compiler does not know.
+  )
+  return Compiled(
     name=name,
-    fits=True,
+    fits=total <= available_bytes,
     argument_bytes=memory.argument_size_in_bytes,
     temp_bytes=memory.temp_size_in_bytes,
     output_bytes=memory.output_size_in_bytes,
     alias_bytes=memory.alias_size_in_bytes,
     resident_bytes=resident_bytes,
+    total_bytes=total,
     code_bytes=memory.generated_code_size_in_bytes,
     matmul_flops=flops,
     compile_secs=time.monotonic() - start,
   )
-  # The compiler does not know what else is there.
-  return dataclasses.replace(result, fits=result.total_bytes <= available_bytes)
 
 
 def matmul_flops(jaxpr: jex_core.Jaxpr) -> tuple[int, int] | None:
@@ -336,7 +329,8 @@ def matmul_flops(jaxpr: jex_core.Jaxpr) -> tuple[int, int] | None:
     The fewest and the most.
   """
   least = most = 0
-  for eqn in jaxpr.eqns:
+  eqns: Any = jaxpr.eqns  # JAX types no shapes of their variables.
+  for eqn in eqns:
     if eqn.primitive.name == "dot_general":
       (contracted, _), _ = eqn.params["dimension_numbers"]
       depth = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
