@@ -10,7 +10,8 @@ trained here; that it compiles for a pod is tested:
   python -m ppnet.main --config=configs/llama_7b_lora.py \
       --config.job=COMPILE --config.topology=v5e:4x4
 
-The published weights: --config=configs/llama_7b_lora.py:DIR.
+The data are yours to name: --config.data.source, --config.data.path and the
+tokenizer. The published weights: --config=configs/llama_7b_lora.py:DIR.
 """
 
 from ppnet import config, presets
@@ -26,7 +27,9 @@ def get_config(weights: str = "") -> config.ExperimentConfig:
   )
   return config.ExperimentConfig(
     name="llama_7b_lora",
-    data=config.DataConfig(vocab_size=decoder.vocab_size),
+    data=config.DataConfig(
+      task=config.Task.ANSWER, prompt="", vocab_size=decoder.vocab_size
+    ),
     model=config.ModelConfig(
       decoder=decoder, decoder_weights=weights, image=None, audio=None
     ),

@@ -12,7 +12,8 @@ not been trained here; that it compiles for a pod is tested:
   python -m ppnet.main --config=configs/llama_7b_pretrain.py \
       --config.job=COMPILE --config.topology=v5e:8x8
 
-Weights to begin with: --config=configs/llama_7b_pretrain.py:DIR.
+The data are yours to name: --config.data.source, --config.data.path and the
+tokenizer. Weights to begin with: --config=configs/llama_7b_pretrain.py:DIR.
 """
 
 from ppnet import config, presets
@@ -25,7 +26,9 @@ def get_config(weights: str = "") -> config.ExperimentConfig:
   decoder.remat = True
   return config.ExperimentConfig(
     name="llama_7b_pretrain",
-    data=config.DataConfig(vocab_size=decoder.vocab_size),
+    data=config.DataConfig(
+      task=config.Task.CAUSAL, prompt="", vocab_size=decoder.vocab_size
+    ),
     model=config.ModelConfig(
       decoder=decoder, decoder_weights=weights, image=None, audio=None
     ),

@@ -15,7 +15,8 @@ trained here; that it compiles for a pod is tested:
   python -m ppnet.main --config=configs/ppnet_7b_multimodal.py \
       --config.job=COMPILE --config.topology=v5e:8x8
 
-The vocabulary has 64 rows more than Llama's, for placeholders and answers:
+The data are yours to name: --config.data.source and --config.data.path. The
+vocabulary has 64 rows more than Llama's, for placeholders and answers:
 published weights get them from `models.hf.extend_vocab`, and the directory that
 `models.hf.save` then writes is what --config.model.decoder_weights takes.
 """
@@ -40,6 +41,8 @@ def get_config(variant: str = "lora") -> config.ExperimentConfig:
   return config.ExperimentConfig(
     name=f"ppnet_7b_multimodal_{variant}",
     data=config.DataConfig(
+      task=config.Task.ANSWER,
+      prompt="",
       vocab_size=decoder.vocab_size,
       image_size=224,
       image_channels=3,

@@ -520,8 +520,10 @@ def _validate_units(config: ExperimentConfig) -> None:
   views = config.train.views_per_example
   checks.positive(**{"train.views_per_example": views})
   has_users = config.privacy.unit is PrivacyUnit.USER
-  told_apart = config.attention_noise.stddev or data_config.is_augmented(
-    config.data
+  told_apart = (
+    config.attention_noise.stddev
+    or config.model.modality_dropout
+    or data_config.is_augmented(config.data)
   )
   if views > 1 and not told_apart:
     checks.fail(

@@ -84,8 +84,9 @@ class Compiled:
 def compile_for(config: config_lib.ExperimentConfig) -> dict[str, Any]:
   """Compiles what a step runs, for `config.topology`.
 
-  Every sequence is taken to have `model.decoder.max_seq_len` tokens: how long
-  they are is known from the data alone, which need not be here. The number of
+  Every sequence is taken to have the largest of `data.lengths`, or else
+  `model.decoder.max_seq_len` tokens, and one picture and one sound where there
+  are stems: the data need not be here to say what they have. The number of
   training examples enters the program as a constant of the noise; where
   `account.num_examples` does not give it, it is a hundred batches.
 
@@ -124,7 +125,7 @@ def compile_for(config: config_lib.ExperimentConfig) -> dict[str, Any]:
     "num_frozen": sum(
       math.prod(leaf.shape) for leaf in jax.tree.leaves(program.abstract_frozen)
     ),
-    "num_tokens": config.model.decoder.max_seq_len,
+    "num_tokens": _num_tokens(config),
     "microbatch_size": config.perf.microbatch_size,
     "engine": program.engine,
     "attention": config.model.decoder.attention,
@@ -161,7 +162,7 @@ def abstract_example(
 
   A modality whose stem is configured has one array; see `data.pipeline`.
   """
-  num_tokens, data = config.model.decoder.max_seq_len, config.data
+  num_tokens, data = _num_tokens(config), config.data
   example: dict[str, Any] = {
     "tokens": np.zeros(num_tokens, np.int32),
     "targets": np.zeros(num_tokens, np.int32),
@@ -169,6 +170,9 @@ def abstract_example(
     "index": np.int32(0),
     "is_padding_example": np.False_,
   }
+  if config.privacy.unit is config_lib.PrivacyUnit.PACKED_ROW:
+    for name in ("positions", "segment_ids"):
+      example[name] = np.zeros(num_tokens, np.int32)
   if config.model.image is not None:
     size = data.image_size
     example["image"] = np.zeros((size, size, data.image_channels), np.float32)
@@ -178,6 +182,11 @@ def abstract_example(
     num_frames = config_lib.num_audio_frames(data.audio)
     example["audio"] = np.zeros((num_frames, num_features), np.float32)
   return example
+
+
+def _num_tokens(config: config_lib.ExperimentConfig) -> int:
+  """Tokens of the longest sequence."""
+  return (config.data.lengths or (config.model.decoder.max_seq_len,))[-1]
 
 
 def _program(
