@@ -31,10 +31,9 @@ from ppnet.sharding import rules as rules_lib
 from ppnet.train import program as program_lib
 
 # What the compiler lets a program have of each kind of device, in bytes; it
-# names the number where a program is larger (libtpu 0.0.51). A v4 chip is two
-# devices here.
+# names the number where a program is larger (libtpu 0.0.51).
 _AVAILABLE_BYTES = {
-  "TPU v4": int(15.25 * 2**30),
+  "TPU v4": int(30.75 * 2**30),
   "TPU v5": int(95.73 * 2**30),
   "TPU v5 lite": int(15.75 * 2**30),
   "TPU v6 lite": int(31.24 * 2**30),
@@ -145,8 +144,12 @@ def topology_devices(name: str) -> list[jax.Device]:
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+  # The two cores of a v4 chip are one device, as JAX has them on a pod.
+  options = {"chip_config_name": "megacore"} if name.startswith("v4:") else {}
   try:
-    return list(topologies.get_topology_desc(name, platform="tpu").devices)
+    return list(
+      topologies.get_topology_desc(name, platform="tpu", **options).devices
+    )
   except Exception as error:  # RuntimeError, XLA's own, or ValueError.
     raise ValueError(
       f"Expected topology to be one that libtpu knows, such as {_EXAMPLES},"

@@ -131,6 +131,16 @@ def test_an_unknown_topology_is_refused():
     compile_only.topology_devices("v5e:3x77")
 
 
+@needs_libtpu
+@pytest.mark.parametrize(
+  ("name", "count"), [("v4:2x2x1", 4), ("v5p:2x2x1", 4), ("v6e:2x2", 4)]
+)
+def test_a_device_is_a_chip_whose_memory_is_known(name, count):
+  devices = compile_only.topology_devices(name)
+  assert len(devices) == count
+  assert devices[0].device_kind in compile_only._AVAILABLE_BYTES
+
+
 def test_a_job_without_a_topology_is_refused(tmp_path):
   config = tiny.experiment()
   config.job = config_lib.Job.COMPILE
