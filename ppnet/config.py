@@ -26,6 +26,7 @@ RopeScalingConfig = model_config.RopeScalingConfig
 LoraConfig = model_config.LoraConfig
 LlamaConfig = model_config.LlamaConfig
 ImageStemConfig = model_config.ImageStemConfig
+PatchStemConfig = model_config.PatchStemConfig
 AudioStemConfig = model_config.AudioStemConfig
 ModelConfig = model_config.ModelConfig
 llama_tiny = model_config.llama_tiny
@@ -378,6 +379,8 @@ class ExperimentConfig:
   Attributes:
     name: for people; also the default folder's name.
     job: what to do.
+    topology: the TPU pod that COMPILE compiles for, as "v5e:8x8"; no other job
+      reads it.
     seed: fixes initial parameters and attention noise; never the DP noise or
       the sampler, which `privacy` seeds.
     data: see `DataConfig`.
@@ -395,6 +398,7 @@ class ExperimentConfig:
 
   name: str = "experiment"
   job: Job = Job.TRAIN
+  topology: str = ""
   seed: int = 0
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -414,13 +418,10 @@ class ExperimentConfig:
 
 
 def num_media_tokens(config: ExperimentConfig) -> dict[str, int]:
-  """Tokens that each modality with a stem takes in the decoder."""
+  """Tokens that one item of each modality with a stem takes in the decoder."""
   counts = {}
   if config.model.image is not None:
-    size = config.data.image_size
-    for stride in config.model.image.strides:
-      size = -(-size // stride)  # SAME padding.
-    counts["image"] = size * size
+    counts["image"] = config.model.image.num_tokens(config.data.image_size)
   if config.model.audio is not None:
     frames = num_audio_frames(config.data.audio)
     counts["audio"] = -(-frames // config.model.audio.frames_per_token)
@@ -519,8 +520,10 @@ def _validate_units(config: ExperimentConfig) -> None:
   views = config.train.views_per_example
   checks.positive(**{"train.views_per_example": views})
   has_users = config.privacy.unit is PrivacyUnit.USER
-  told_apart = config.attention_noise.stddev or data_config.is_augmented(
-    config.data
+  told_apart = (
+    config.attention_noise.stddev
+    or config.model.modality_dropout
+    or data_config.is_augmented(config.data)
   )
   if views > 1 and not told_apart:
     checks.fail(
@@ -590,17 +593,7 @@ def _validate_model(config: ExperimentConfig) -> None:
         "data.vocab_size": config.data.vocab_size,
       },
     )
-  image = config.model.image
-  if image is not None and len(image.channels) != len(image.strides):
-    checks.fail(
-      "as many model.image.channels as model.image.strides",
-      channels=image.channels,
-      strides=image.strides,
-    )
-  if config.model.audio is not None:
-    checks.positive(
-      **{"model.audio.frames_per_token": config.model.audio.frames_per_token}
-    )
+  model_config.validate_stems(config.model, image_size=config.data.image_size)
   config_attention.validate(
     noise=config.attention_noise,
     private_cut=config.model.private_cut,

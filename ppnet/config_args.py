@@ -20,6 +20,8 @@ from ppnet import config as config_lib
 from ppnet.core import checks
 
 _PREFIX = "--config."
+# What ml_collections says of a field whose holder is None.
+_IS_NONE = re.compile(r'Flag (\S+) can not be applied because field "(\w+)" is')
 _HELP = ("--help", "-h", "--helpshort", "-help")
 
 
@@ -153,6 +155,20 @@ class Arguments:
       for parent in parents:
         holder = getattr(holder, parent)
       setattr(holder, last, None)
+
+  def explain(self, error: Exception) -> str | None:
+    """What to do about an error of the parser; None where it is not known."""
+    found = _IS_NONE.search(str(error))
+    if found is None:
+      return None
+    name, part = found.groups()
+    holder = name[: name.rindex(f".{part}.") + len(part) + 1]
+    given = dict(self.values).get(name)
+    return (
+      f"Expected {holder} to be there before one of its fields is set, got"
+      f" {holder}=None, {name}={given!r}. Put {_PREFIX}{holder}=build before"
+      " it."
+    )
 
   def check_fields(self, names: Iterable[str] | None = None) -> None:
     """Raises `ValueError` for an unknown field, suggesting the closest."""

@@ -36,8 +36,8 @@ from ppnet.data import layout, prepare, text, tokenizers
 from ppnet.models import generate, hf, lora, multimodal
 from ppnet.privacy import budget, input_privacy, ledger
 from ppnet.report import budget as budget_figures
-from ppnet.report import figures, ratios, tables
-from ppnet.train import loop, preemption
+from ppnet.report import compiled, figures, ratios, tables
+from ppnet.train import compile_only, loop, preemption
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Experiment file, as FILE or FILE:ARG.", lock_config=False
@@ -173,6 +173,34 @@ def benchmark(
   print(f"figure:  {figure}")
 
 
+def compile_ahead(
+  config: config_lib.ExperimentConfig, workdir: pathlib.Path
+) -> None:
+  """Compiles a step for a pod that is not here; writes `compile.json`.
+
+  Raises:
+    RuntimeError: a program does not fit; the record is written all the same.
+  """
+  if not config.topology:
+    checks.fail(
+      "config.topology to name a pod",
+      "Set --config.topology=v5e:8x8, say.",
+      **{"config.topology": config.topology},
+    )
+  # Where there is a TPU, it is not asked for: it may be another one, and busy.
+  jax.config.update("jax_platforms", "cpu")
+  records.write_json(workdir / "compile.json", compile_only.compile_for(config))
+  found = records.read_json(workdir / "compile.json")
+  print(compiled.compile_table(found))
+  print(f"\nrecord: {workdir / 'compile.json'}")
+  if not found["fits"]:
+    raise RuntimeError(
+      f"{config.name} does not fit {config.topology}. Make"
+      " perf.microbatch_size smaller, split more ways (mesh), or take another"
+      " perf.engine."
+    )
+
+
 _BENCHMARKS = {
   config_lib.BenchSubject.ENGINES: engines.run,
   config_lib.BenchSubject.ATTENTION: attention.run,
@@ -298,6 +326,7 @@ _JOBS = {
   config_lib.Job.PREPARE: prepare_data,
   config_lib.Job.BENCHMARK: benchmark,
   config_lib.Job.GENERATE: generate_text,
+  config_lib.Job.COMPILE: compile_ahead,
 }
 
 
@@ -381,7 +410,13 @@ def _parse(argv: Sequence[str]) -> list[str]:
     arguments.check_fields()
   except ValueError as error:
     sys.exit(f"error: {error}")
-  rest = app.parse_flags_with_usage(arguments.without_none)
+  try:
+    rest = app.parse_flags_with_usage(arguments.without_none)
+  except ValueError as error:
+    explained = arguments.explain(error)
+    if explained is None:
+      raise
+    sys.exit(f"error: {explained}")
   if _CONFIG.value is None:
     sys.exit(
       "error: --config is missing. Try --config=configs/quickstart.py, or"

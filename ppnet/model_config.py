@@ -123,6 +123,32 @@ def llama_tiny(*, vocab_size: int) -> LlamaConfig:
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
+class PatchStemConfig:
+  """A patch transformer: square patches become tokens that see each other.
+
+  Dosovitskiy et al. 2020, section 3.1, https://arxiv.org/abs/2010.11929, with
+  RMSNorm, without biases and without a class token.
+
+  Attributes:
+    patch_size: pixels on a patch's side; divides `data.image_size`.
+    embed_dim: features of a patch; a multiple of `num_heads`.
+    num_layers: blocks.
+    num_heads: heads of each block.
+    mlp_dim: hidden features of the feed-forward block.
+    rms_norm_eps: added to the mean square before its root.
+    remat: compute activations again in the backward pass: less memory.
+  """
+
+  patch_size: int = 14
+  embed_dim: int = 1024
+  num_layers: int = 24
+  num_heads: int = 16
+  mlp_dim: int = 4096
+  rms_norm_eps: float = 1e-6
+  remat: bool = False
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
 class ImageStemConfig:
   """A small CNN: 3x3 convolutions, then one token per pooled patch.
 
@@ -130,10 +156,20 @@ class ImageStemConfig:
     channels: output channels of each convolution; each halves the picture
       where `strides` says 2.
     strides: stride of each convolution.
+    patches: a patch transformer in the convolutions' place, or None.
   """
 
   channels: tuple[int, ...] = (16, 32)
   strides: tuple[int, ...] = (1, 2)
+  patches: PatchStemConfig | None = None
+
+  def num_tokens(self, image_size: int) -> int:
+    """Tokens that one square picture becomes."""
+    if self.patches is not None:
+      return (image_size // self.patches.patch_size) ** 2
+    for stride in self.strides:
+      image_size = -(-image_size // stride)  # SAME padding.
+    return image_size**2
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -158,6 +194,9 @@ class ModelConfig:
       guarantee is of what was trained here alone.
     image: stem of pictures; None leaves them out.
     audio: stem of sounds; None leaves them out.
+    modality_dropout: probability that a training example goes without one of
+      its modalities, drawn for each by itself. Its placeholders then keep their
+      own token embeddings.
     private_cut: makes the decoder's hidden state private.
   """
 
@@ -169,6 +208,7 @@ class ModelConfig:
   audio: AudioStemConfig | None = dataclasses.field(
     default_factory=AudioStemConfig
   )
+  modality_dropout: float = 0.0
   private_cut: config_attention.PrivateCutConfig = dataclasses.field(
     default_factory=config_attention.PrivateCutConfig
   )
@@ -203,4 +243,52 @@ def validate_options(decoder: LlamaConfig) -> None:
       checks.fail(
         f"model.decoder.lora.targets among {PROJECTIONS}, at least one",
         **{"model.decoder.lora.targets": lora.targets},
+      )
+
+
+def validate_stems(model: ModelConfig, *, image_size: int) -> None:
+  """Raises `ValueError` for stems that cannot be built."""
+  image = model.image
+  if image is not None and len(image.channels) != len(image.strides):
+    checks.fail(
+      "as many model.image.channels as model.image.strides",
+      channels=image.channels,
+      strides=image.strides,
+    )
+  if image is not None and image.patches is not None:
+    _validate_patches(image.patches, image_size=image_size)
+  if model.audio is not None:
+    checks.positive(
+      **{"model.audio.frames_per_token": model.audio.frames_per_token}
+    )
+  if not 0 <= model.modality_dropout < 1:
+    checks.fail(
+      "0 <= model.modality_dropout < 1",
+      "Leave a modality out for good with model.image=none or"
+      " model.audio=none.",
+      **{"model.modality_dropout": model.modality_dropout},
+    )
+
+
+def _validate_patches(patches: PatchStemConfig, *, image_size: int) -> None:
+  sizes = {
+    name: getattr(patches, name)
+    for name in (
+      "patch_size",
+      "embed_dim",
+      "num_layers",
+      "num_heads",
+      "mlp_dim",
+      "rms_norm_eps",
+    )
+  }
+  checks.positive(**{f"model.image.patches.{n}": v for n, v in sizes.items()})
+  for name, whole, part in (
+    ("data.image_size", image_size, "patch_size"),
+    ("model.image.patches.embed_dim", patches.embed_dim, "num_heads"),
+  ):
+    if whole % sizes[part]:
+      checks.fail(
+        f"{name} to be a multiple of model.image.patches.{part}",
+        **{name: whole, f"model.image.patches.{part}": sizes[part]},
       )

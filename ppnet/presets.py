@@ -1,5 +1,9 @@
 """The published Llama models, by name: numbers alone, one decoder for all.
 
+Shapes are those of the cited tables and of the published `config.json` files.
+Numbers of parameters are computed from the shapes (and tested), not quoted;
+papers and model cards give them rounded: 6.7B, 13.0B, 8B, 1.23B, 1.1B.
+
 >>> llama3_8b().num_kv_heads
 8
 """

@@ -22,6 +22,7 @@ def test_every_field_is_known_and_reachable():
     decoder = holder.model.decoder  # Optional parts, which the tiny one lacks.
     decoder.rope_scaling = config_lib.RopeScalingConfig()
     decoder.lora = config_lib.LoraConfig()
+    holder.model.image.patches = config_lib.PatchStemConfig()
     for part in name.split("."):
       holder = getattr(holder, part)
 

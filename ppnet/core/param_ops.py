@@ -52,16 +52,16 @@ class ParamOps(Protocol):
     self,
     name: str,
     weight: Float[Array, "KH KW C O"],
-    x: Float[Array, "B H W C"],
+    x: Float[Array, "*b H W C"],
     stride: int,
-  ) -> Float[Array, "B H2 W2 O"]:
-    """Two-dimensional convolution with SAME padding."""
+  ) -> Float[Array, "*b H2 W2 O"]:
+    """Two-dimensional convolution with SAME padding, any pictures a row."""
     ...
 
 
 def patches(
-  x: Float[Array, "B H W C"], kernel_size: tuple[int, int], stride: int
-) -> Float[Array, "B H2 W2 K"]:
+  x: Float[Array, "*b H W C"], kernel_size: tuple[int, int], stride: int
+) -> Float[Array, "*b H2 W2 K"]:
   """Gathers each output position's receptive field, K = KH * KW * C.
 
   Written with slices instead of a convolution: under `vmap` over examples the
@@ -69,7 +69,7 @@ def patches(
   slow batch-grouped convolution, and a ghost rule for convolution is the one
   for `dense`.
   """
-  batch, height, width, _ = x.shape
+  *leading, height, width, _ = x.shape
   out_height, out_width = -(-height // stride), -(-width // stride)
   kernel_height, kernel_width = kernel_size
   pad_height = max((out_height - 1) * stride + kernel_height - height, 0)
@@ -77,7 +77,7 @@ def patches(
   padded = jnp.pad(
     x,
     (
-      (0, 0),
+      *[(0, 0)] * len(leading),
       (pad_height // 2, pad_height - pad_height // 2),
       (pad_width // 2, pad_width - pad_width // 2),
       (0, 0),
@@ -85,7 +85,7 @@ def patches(
   )
   columns = [
     padded[
-      :,
+      ...,
       row : row + (out_height - 1) * stride + 1 : stride,
       column : column + (out_width - 1) * stride + 1 : stride,
       :,
@@ -93,7 +93,9 @@ def patches(
     for row in range(kernel_height)
     for column in range(kernel_width)
   ]
-  return jnp.stack(columns, axis=3).reshape(batch, out_height, out_width, -1)
+  return jnp.stack(columns, axis=-2).reshape(
+    *leading, out_height, out_width, -1
+  )
 
 
 class PlainOps:

@@ -26,6 +26,7 @@ class Stream(enum.IntEnum):
   CLIP_COUNT_NOISE = 4
   GENERATE = 5
   PRIVATE_CUT = 6
+  MODALITY_DROPOUT = 7
 
 
 def root(seed: int) -> Key[Array, ""]:

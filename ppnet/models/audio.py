@@ -26,12 +26,13 @@ class AudioStem(nn.Module):
   ops: param_ops.ParamOps = param_ops.PLAIN
 
   @nn.compact
-  def __call__(self, frames: Float[Array, "B F M"]) -> Float[Array, "B A D"]:
+  def __call__(self, frames: Float[Array, "*b F M"]) -> Float[Array, "*b A D"]:
     """One embedding per group of frames; the last group is zero-padded."""
     group = self.config.frames_per_token
-    batch, num_frames, num_features = frames.shape
-    x = jnp.pad(frames, ((0, 0), (0, -num_frames % group), (0, 0)))
-    x = x.reshape(batch, -1, group * num_features)  # [B, A, group * M]
+    *leading, num_frames, num_features = frames.shape
+    missing = -num_frames % group
+    x = jnp.pad(frames, (*[(0, 0)] * len(leading), (0, missing), (0, 0)))
+    x = x.reshape(*leading, -1, group * num_features)  # [*b, A, group * M]
     return layers.Dense(
       self.embed_dim, ("stem", "embed"), self.ops, name="projector"
     )(x)

@@ -7,7 +7,7 @@ ever unpickled: a pickle runs code.
 
 *Memory.* `load` fills each parameter shard by shard from slices of the files,
 so a process holds its own shards and, on the host, one parameter's shard at a
-time. `save` holds one file's tensors.
+time. `save` holds one tensor.
 
 >>> config, params = load("Llama-3.2-1B")  # doctest: +SKIP
 >>> save("exported", config, params)  # doctest: +SKIP
@@ -16,11 +16,13 @@ time. `save` holds one file's tensors.
 import contextlib
 import dataclasses
 import functools
+import json
+import math
 import os
 import pathlib
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import flax.linen as nn
@@ -132,6 +134,7 @@ def load(
   dtype: Any = None,
   mesh: Mesh | None = None,
   rules: rules_lib.Rules | None = None,
+  is_wanted: Callable[[str], bool] | None = None,
 ) -> tuple[config_lib.LlamaConfig, PyTree]:
   """Reads a model.
 
@@ -141,6 +144,8 @@ def load(
       float16), bit for bit.
     mesh: where the parameters go; None is the first device.
     rules: how they are split over the mesh; None is the default strategy.
+    is_wanted: of a parameter's path, as in "layers/mlp/up_proj/kernel"; the
+      others are checked, not read. None is all.
 
   Returns:
     The decoder's shape, and its parameters as `Llama(config).apply` takes them.
@@ -164,6 +169,8 @@ def load(
     shardings = _shardings(boxed, mesh, rules)
     params: dict[str, Any] = {}
     for entry in entries:
+      if is_wanted is not None and not is_wanted("/".join(entry.path)):
+        continue
       stored = shards.dtype(entry.names(config.num_layers)[0])
       shape = _at(shapes, entry.path).shape
       leaf = jax.make_array_from_callback(
@@ -226,13 +233,7 @@ def save(
   check_params(config, params)
   files = _plan(config, params, max_shard_bytes=max_shard_bytes)
   for name, tensors in files.items():
-    _write_file(
-      path / name,
-      {
-        tensor: _tensor(_at(params, entry.path), entry, layer)
-        for tensor, (entry, layer) in tensors.items()
-      },
-    )
+    _write_file(path / name, params, tensors)
   if len(files) > 1:
     records.write_json(
       path / _INDEX_NAME,
@@ -613,12 +614,42 @@ def _tensor(leaf: Any, entry: _Entry, layer: int) -> np.ndarray:
   return np.ascontiguousarray(value.T if entry.transposed else value)
 
 
-def _write_file(path: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
+def _header(params: PyTree, tensors: Mapping[str, tuple[_Entry, int]]) -> bytes:
+  """What a safetensors file begins with.
+
+  The length of a JSON object, 8 bytes, and the object: of each tensor its
+  dtype, its shape and where it begins and ends in what follows
+  (https://huggingface.co/docs/safetensors, "Format").
+  """
+  # transformers refuses files that do not say this.
+  described: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+  names = {dtype: name for name, dtype in _DTYPES.items()}
+  end = 0
+  for name, (entry, _) in tensors.items():
+    leaf = _at(params, entry.path)
+    shape = leaf.shape[1:] if entry.is_stacked else leaf.shape
+    begin, end = end, end + leaf.nbytes * math.prod(shape) // leaf.size
+    described[name] = {
+      "dtype": names[np.dtype(leaf.dtype)],
+      "shape": shape[::-1] if entry.transposed else shape,
+      "data_offsets": (begin, end),
+    }
+  content = json.dumps(described, separators=(",", ":")).encode()
+  content += b" " * (-len(content) % 8)  # What follows is aligned.
+  return len(content).to_bytes(8, "little") + content
+
+
+def _write_file(
+  path: pathlib.Path, params: PyTree, tensors: dict[str, tuple[_Entry, int]]
+) -> None:
   """Writes a safetensors file, which appears whole or not at all."""
   temporary = path.with_name(f".unfinished-{path.name}")
-  # transformers refuses files that do not say this.
-  safetensors.numpy.save_file(tensors, temporary, metadata={"format": "pt"})
-  with temporary.open("rb") as file:
+  with temporary.open("wb") as file:
+    file.write(_header(params, tensors))
+    for entry, layer in tensors.values():
+      value = _tensor(_at(params, entry.path), entry, layer)
+      file.write(value.view(np.uint8).data)
+    file.flush()
     os.fsync(file.fileno())
   temporary.replace(path)
 

@@ -146,6 +146,32 @@ class Embed(nn.Module):
     return self.ops.dense(_path(self, "table"), self.table.T.astype(x.dtype), x)
 
 
+class Positions(nn.Module):
+  """x + table: a learned vector for each place of a fixed number of them.
+
+  A bias of all places at once, so that its gradient, and each example's, is a
+  vector and needs no sum over outer products.
+  """
+
+  ops: param_ops.ParamOps
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "*b P D"]) -> Float[Array, "*b P D"]:
+    """Adds the table [P, D]."""
+    table = _param(
+      self,
+      "table",
+      nn.initializers.normal(stddev=0.02),
+      shape=x.shape[-2:],
+      axes=(None, "embed"),
+    )
+    flat = x.reshape(*x.shape[:-2], -1)
+    out = self.ops.bias(
+      _path(self, "table"), table.astype(x.dtype).reshape(-1), flat
+    )
+    return out.reshape(x.shape)
+
+
 class Conv(nn.Module):
   """3x3 convolution with SAME padding and a bias."""
 
@@ -154,8 +180,8 @@ class Conv(nn.Module):
   ops: param_ops.ParamOps
 
   @nn.compact
-  def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 O"]:
-    """Convolves the two middle axes."""
+  def __call__(self, x: Float[Array, "*b H W C"]) -> Float[Array, "*b H2 W2 O"]:
+    """Convolves height and width."""
     kernel = _param(
       self,
       "kernel",

@@ -1,8 +1,21 @@
 """The Llama decoder (Touvron et al. 2023, https://arxiv.org/abs/2302.13971).
 
-Pre-normalisation with RMSNorm, rotary positions, grouped-query attention and a
-SwiGLU feed-forward block. Layers are stacked and scanned, so that compile time
-does not grow with depth. Attention goes through the noisy attention op.
+With x [B, T, D] the residual stream, one vector per token:
+
+    x = embedding[tokens]
+    for each layer:
+      x = x + attention(norm(x))        tokens look back at earlier tokens
+      x = x + feed_forward(norm(x))     each token by itself
+    logits = norm(x) @ head
+
+`norm` is RMSNorm, `attention` has rotary positions and may share a key head
+among several query heads, `feed_forward` is SwiGLU. Layers are alike, so their
+parameters are stacked and one layer is scanned over them: compile time does not
+grow with depth.
+
+Read `Llama`, then `DecoderLayer`, `Attention` and `FeedForward`. Three things
+are not Llama's own and are None where they are not asked for: `noise` on
+attention, a private `cut`, and the `cache` of generation.
 
 >>> import jax
 >>> from ppnet import config
@@ -10,8 +23,9 @@ does not grow with depth. Attention goes through the noisy attention op.
 ...   vocab_size=11, embed_dim=8, num_layers=2, num_heads=2, num_kv_heads=1,
 ...   head_dim=4, mlp_dim=12, max_seq_len=5))
 >>> tokens = jax.numpy.array([[1, 2, 3]])
->>> params = llama.init(jax.random.key(0), tokens)["params"]
->>> llama.apply({"params": params}, tokens).shape
+>>> init = jax.jit(llama.init_with_output)
+>>> logits, variables = init(jax.random.key(0), tokens)
+>>> logits.shape
 (1, 3, 11)
 """
 
@@ -100,9 +114,9 @@ class Attention(nn.Module):
     cfg = self.config
     projection = functools.partial(_projection, cfg, self.ops)
 
-    def project(name: str, num_heads: int, axis: str) -> Array:
-      out = projection(name, num_heads * cfg.head_dim, ("embed", axis))(x)
-      return out.reshape(*x.shape[:2], num_heads, cfg.head_dim)
+    def heads(name: str, count: int, axis: str) -> Float[Array, "B T _ H"]:
+      out = projection(name, count * cfg.head_dim, ("embed", axis))(x)
+      return out.reshape(*x.shape[:2], count, cfg.head_dim)
 
     rotate = functools.partial(
       layers.rotary_embedding,
@@ -110,10 +124,13 @@ class Attention(nn.Module):
       theta=cfg.rope_theta,
       scaling=cfg.rope_scaling,
     )
-    q = rotate(project("q_proj", cfg.num_heads, "q_heads"))
-    k = rotate(project("k_proj", cfg.num_kv_heads, "kv_heads"))
-    v = project("v_proj", cfg.num_kv_heads, "kv_heads")
-    if cache is None or not cache.num_slots:
+    q = rotate(heads("q_proj", cfg.num_heads, "q_heads"))
+    k = rotate(heads("k_proj", cfg.num_kv_heads, "kv_heads"))
+    v = heads("v_proj", cfg.num_kv_heads, "kv_heads")
+    if cache is not None and cache.num_slots:
+      known = cache.insert(KVCache(k=k, v=v), positions)
+      out = _attend_to_cache(q, known, positions)
+    else:
       out = noisy_attention.noisy_attention(
         q,
         k,
@@ -122,21 +139,25 @@ class Attention(nn.Module):
         segment_ids=segment_ids,
         implementation=cfg.attention,
       )
-    else:
-      known = cache.insert(KVCache(k=k, v=v), positions)
-      slot = jnp.arange(cache.num_slots).reshape(1, 1, -1)
-      out = reference.attention(
-        q,
-        known.k,
-        known.v,
-        mask=slot <= positions[:, :, None],
-        score_noise=None,
-        weight_noise=None,
-      )
     out = projection("o_proj", cfg.embed_dim, ("q_heads", "embed"))(
       out.reshape(*x.shape[:2], -1)
     )
     return out, None if cache is None else KVCache(k=k, v=v)
+
+
+def _attend_to_cache(
+  q: Float[Array, "B T N H"], known: KVCache, positions: Int[Array, "#B T"]
+) -> Float[Array, "B T N H"]:
+  """Attention to every slot up to a query's own position."""
+  slot = jnp.arange(known.num_slots).reshape(1, 1, -1)
+  return reference.attention(
+    q,
+    known.k,
+    known.v,
+    mask=slot <= positions[:, :, None],
+    score_noise=None,
+    weight_noise=None,
+  )
 
 
 def _projection(
@@ -262,6 +283,8 @@ class Llama(nn.Module):
       layer,
       variable_axes={"params": 0},
       split_rngs={"params": True},
+      # Layer numbers and caches are sliced; noise, the cut's noise, positions
+      # and segments are the same for all layers.
       in_axes=(0, *[nn.broadcast] * 4, 0),
       length=cfg.num_layers,
       metadata_params={nn.PARTITION_NAME: "layers"},

@@ -1,5 +1,7 @@
 """The device mesh: axes `data` (replicas), `fsdp` (ZeRO), `tensor`."""
 
+import math
+
 import jax
 import numpy as np
 from jax.sharding import Mesh
@@ -23,21 +25,29 @@ def build(
     ValueError: the axes do not multiply to the number of devices.
   """
   devices = jax.devices() if devices is None else devices
-  sizes = {axis: getattr(config, axis) for axis in AXES}
-  fixed = int(np.prod([size for size in sizes.values() if size != -1]))
-  if -1 in sizes.values() and len(devices) % fixed == 0:
-    sizes = {
-      axis: len(devices) // fixed if size == -1 else size
-      for axis, size in sizes.items()
-    }
-  if int(np.prod(list(sizes.values()))) != len(devices):
-    checks.fail(
-      f"mesh axes that multiply to the {len(devices)} devices at hand",
-      "Set one of --config.mesh.{data,fsdp,tensor} to -1.",
-      **sizes,
-    )
   return Mesh(
-    np.asarray(devices).reshape(tuple(sizes.values())),
+    np.asarray(devices).reshape(sizes(config, len(devices))),
     AXES,
     axis_types=(jax.sharding.AxisType.Auto,) * len(AXES),
   )
+
+
+def sizes(config: config_lib.MeshConfig, num_devices: int) -> tuple[int, ...]:
+  """Devices per axis of `AXES`.
+
+  Raises:
+    ValueError: the axes do not multiply to the number of devices.
+  """
+  data, fsdp, tensor = (getattr(config, axis) for axis in AXES)
+  fixed = math.prod(size for size in (data, fsdp, tensor) if size != -1)
+  rest = num_devices // fixed
+  found = tuple(rest if size == -1 else size for size in (data, fsdp, tensor))
+  if math.prod(found) != num_devices:
+    checks.fail(
+      f"mesh axes that multiply to the {num_devices} devices at hand",
+      "Set one of --config.mesh.{data,fsdp,tensor} to -1.",
+      data=data,
+      fsdp=fsdp,
+      tensor=tensor,
+    )
+  return found

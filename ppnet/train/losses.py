@@ -62,18 +62,23 @@ def predict(
 
   A packed batch has "positions" and "segment_ids" [B, T] (`data.packing`).
 
-  `batch["cut_key"]`, where it is there, holds the keys of the private cut. Two
-  predictions of one batch share its draw: one noisy state, released once.
+  `batch["cut_key"]`, where it is there, holds the keys of the private cut, and
+  `batch["dropout_key"]` those of modality dropout, in training alone. Two
+  predictions of one batch share their draws: one noisy state, released once,
+  and one choice of what is dropped.
   """
-  cut_keys = batch.get("cut_key")
-  if cut_keys is not None:
-    cut_keys = jax.random.clone(cut_keys)  # Meant: see above.
+  shared = {
+    name: jax.random.clone(batch[name])  # Meant: see above.
+    for name in ("cut_key", "dropout_key")
+    if name in batch
+  }
   logits = model.apply(
     {"params": params},
     batch["tokens"],
     media=media(batch),
     noise=noise,
-    cut_keys=cut_keys,
+    cut_keys=shared.get("cut_key"),
+    dropout_keys=shared.get("dropout_key"),
     positions=batch.get("positions"),
     segment_ids=batch.get("segment_ids"),
   )

@@ -6,29 +6,22 @@ import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from ppnet import config as config_lib
 from ppnet.core import checks, hosts, prng, trees
 from ppnet.data import pipeline
 from ppnet.models import hf, lora, multimodal, private_cut
-from ppnet.privacy import correlated, engine_choice, input_privacy
+from ppnet.privacy import engine_choice, input_privacy
 from ppnet.privacy import mechanism as mechanism_lib
 from ppnet.sharding import mesh as mesh_lib
 from ppnet.sharding import rules as rules_lib
-from ppnet.train import losses, optimizer
+from ppnet.train import initial, losses, optimizer
 from ppnet.train import state as state_lib
 from ppnet.train import step as step_lib
-
-# Of a parameter's name; None where all are trained.
-IsTrained = Callable[[str], bool] | None
-
-_FROZEN_DTYPE = jnp.bfloat16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +35,7 @@ class Program:
     engine: how clipped sums are computed, and why so; None if nothing is.
     mechanism: sampler, clip, noise and accountant.
     abstract_state: shapes, dtypes and shardings of the train state.
+    abstract_frozen: the same of what is not trained.
     root_key: root of initial parameters and attention noise, from the seed.
     init: () -> TrainState.
     init_grad_sum: params -> an empty `step.GradSum`.
@@ -64,6 +58,7 @@ class Program:
   engine: engine_choice.Choice | None
   mechanism: mechanism_lib.Mechanism
   abstract_state: state_lib.TrainState
+  abstract_frozen: Any
   root_key: jax.Array
   init: Any
   init_grad_sum: Any
@@ -115,6 +110,7 @@ def build(
   *,
   placeholder_ids: Mapping[str, int],
   devices: list[jax.Device] | None = None,
+  is_at_hand: bool = True,
 ) -> Program:
   """Puts model, mechanism and mesh together. Compiles nothing yet.
 
@@ -124,6 +120,8 @@ def build(
     example: one example of the pipeline, for its shapes.
     placeholder_ids: modality to the token whose places it takes.
     devices: all of this job's devices when None.
+    is_at_hand: False where this process cannot reach the devices: nothing is
+      put on them, and the functions can be lowered and compiled, not called.
 
   Raises:
     ValueError: the mesh or the microbatch does not fit the devices, no
@@ -133,31 +131,29 @@ def build(
   rules = rules_lib.Rules()
   model = _model(config.model, placeholder_ids)
   tx = optimizer.build(config.optimizer, config.train.num_steps)
-  root_key = rules_lib.put(prng.root(config.seed), mesh)
+  root_key = prng.root(config.seed)
+  if is_at_hand:
+    root_key = rules_lib.put(root_key, mesh)
   is_trained = lora.trained_names(config)
   init_fn = functools.partial(
-    _init,
+    initial.init_state,
     model=model,
     tx=tx,
     example=example,
     clip_norm=mechanism.initial_clip_norm,
     is_trained=is_trained,
   )
-  shardings, frozen_shardings = _shardings(
+  shardings, frozen_shardings = initial.shardings(
     model, tx, example, mesh, rules, mechanism, is_trained=is_trained
   )
-  abstract_state = jax.tree.map(
-    lambda leaf, sharding: jax.ShapeDtypeStruct(
-      leaf.shape, leaf.dtype, sharding=sharding
-    ),
-    jax.eval_shape(init_fn, root_key),
-    shardings,
+  abstract_state = initial.abstract(
+    jax.eval_shape(init_fn, root_key), shardings
   )
   replicated = rules_lib.replicated(mesh)
   sum_sharding = step_lib.GradSum(
     total=shardings.params, num_units=replicated, count=replicated
   )
-  noise_shardings = _noise_shardings(
+  noise_shardings = initial.noise_shardings(
     mechanism, abstract_state.params, shardings.params, mesh=mesh
   )
   loss_fn = losses.make_loss_fn(model, config.attention_noise)
@@ -165,11 +161,16 @@ def build(
     mechanism, model, example, abstract_state.params, is_trained=is_trained
   )
   frozen_fn = functools.partial(
-    _init_frozen, root_key, model=model, example=example, is_trained=is_trained
+    initial.init_frozen,
+    root_key,
+    model=model,
+    example=example,
+    is_trained=is_trained,
+  )
+  abstract_frozen = initial.abstract(
+    jax.eval_shape(frozen_fn), frozen_shardings
   )
   num_rows = config.perf.microbatch_size * mechanism.rows_per_unit
-  # Whatever is fetched must be whole on every process.
-  rows_sharding = replicated if jax.process_count() > 1 else None
   # Shardings of inputs travel with the arrays; outputs are pinned, so that no
   # step can change where the state lives.
   program = Program(
@@ -179,13 +180,14 @@ def build(
     engine=_engine(
       lambda frozen: clipped_grad_of(lora.with_frozen(loss_fn, frozen)),
       abstract_state.params,
-      jax.eval_shape(frozen_fn),
+      abstract_frozen,
       _abstract_batch(
         example, num_rows=num_rows, has_cut=model.cut is not None
       ),
     ),
     mechanism=mechanism,
     abstract_state=abstract_state,
+    abstract_frozen=abstract_frozen,
     root_key=root_key,
     init=jax.jit(functools.partial(init_fn, root_key), out_shardings=shardings),
     init_grad_sum=jax.jit(step_lib.init_grad_sum, out_shardings=sum_sharding),
@@ -194,7 +196,7 @@ def build(
         _accumulate, loss_fn=loss_fn, clipped_grad_of=clipped_grad_of
       ),
       donate_argnames="grad_sum",
-      out_shardings=(sum_sharding, rows_sharding),
+      out_shardings=(sum_sharding, _fetched(mesh)),
     ),
     **_noise_programs(mechanism, noise_shardings),
     update=jax.jit(
@@ -209,18 +211,13 @@ def build(
       donate_argnames=("state", "noise_state"),
       out_shardings=(shardings, noise_shardings, replicated),
     ),
-    evaluate=jax.jit(
-      functools.partial(
-        _evaluate, model=model, noise_config=config.attention_noise
-      ),
-      out_shardings=rows_sharding,
-    ),
-    fingerprint=jax.jit(trees.fingerprint, out_shardings=replicated),
-    whole=jax.jit(lambda tree: tree, out_shardings=rows_sharding),
-    host=_host(mesh, rules),
+    **_fetching_programs(config, model, mesh),
+    host=_host(mesh, rules) if is_at_hand else pipeline.Host(),
     frozen=lambda: {},
-    cut_keys=_cut_keys(config.model.private_cut, mesh),
+    cut_keys=_cut_keys(config.model.private_cut, mesh) if is_at_hand else None,
   )
+  if not is_at_hand:
+    return program
   if is_trained is None and not config.model.decoder_weights:
     return program
   return _with_frozen(program, config, frozen_fn, frozen_shardings)
@@ -258,6 +255,29 @@ def _host(mesh: Mesh, rules: rules_lib.Rules) -> pipeline.Host:
   return pipeline.Host(first=own[0], parts=len(own), of=parts)
 
 
+def _fetched(mesh: Mesh) -> NamedSharding | None:
+  """Where rows are that will be fetched: whole on every process."""
+  return rules_lib.replicated(mesh) if jax.process_count() > 1 else None
+
+
+def _fetching_programs(
+  config: config_lib.ExperimentConfig, model: multimodal.PPNet, mesh: Mesh
+) -> dict[str, Any]:
+  """What evaluates, and what brings values to the hosts."""
+  return {
+    "evaluate": jax.jit(
+      functools.partial(
+        _evaluate, model=model, noise_config=config.attention_noise
+      ),
+      out_shardings=_fetched(mesh),
+    ),
+    "fingerprint": jax.jit(
+      trees.fingerprint, out_shardings=rules_lib.replicated(mesh)
+    ),
+    "whole": jax.jit(lambda tree: tree, out_shardings=_fetched(mesh)),
+  }
+
+
 def _noise_programs(
   mechanism: mechanism_lib.Mechanism, shardings: Any
 ) -> dict[str, Any]:
@@ -282,21 +302,22 @@ def _with_frozen(
 ) -> Program:
   """Hands the steps what is not trained, and begins from weights on disk."""
   frozen = jax.jit(frozen_fn, out_shardings=frozen_shardings)
-  begin_with = functools.partial(_from_disk, config.model)
+  begin_with = functools.partial(
+    _from_disk, config.model, mesh=program.mesh, rules=program.rules
+  )
   if config.model.decoder_weights:
     _check_same_decoder(config.model)  # Now, and not after an hour of waiting.
 
   def init():
     state = program.init()
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state.params)
-    params = begin_with(state.params, shardings, dtype=jnp.float32)
+    params = begin_with(state.params, dtype=jnp.float32)
     return dataclasses.replace(state, params=params)
 
   @functools.cache
   def all_frozen():
     # Once, and before the first step: what the guard forbids is a stall.
     with jax.transfer_guard("allow"):
-      return begin_with(frozen(), frozen_shardings, dtype=_FROZEN_DTYPE)
+      return begin_with(frozen(), dtype=initial.FROZEN_DTYPE)
 
   def accumulate(*args):
     return program.accumulate(*args, frozen=all_frozen())
@@ -377,22 +398,46 @@ def _check_same_decoder(config: config_lib.ModelConfig) -> None:
 
 
 def _from_disk(
-  config: config_lib.ModelConfig, params: Any, shardings: Any, *, dtype: Any
+  config: config_lib.ModelConfig,
+  params: Any,
+  *,
+  mesh: Mesh,
+  rules: rules_lib.Rules,
+  dtype: Any,
 ) -> Any:
-  """Parameters with the decoder's stored ones in their places."""
-  if not config.decoder_weights or not params.get("decoder"):
+  """Parameters with the decoder's stored ones in their places.
+
+  The arrays they replace are deleted first: no device holds both.
+  """
+  if not config.decoder_weights:
     return params
-  _, stored = hf.load(config.decoder_weights, dtype=dtype)
-  stored = {"decoder": stored}
+  replaced = {
+    "/".join(entry.key for entry in path): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(
+      params.get("decoder", {})
+    )
+    if not lora.is_adapter(path[-1].key)
+  }
+  if not replaced:
+    return params
+  for leaf in replaced.values():
+    leaf.delete()
+  _, stored = hf.load(
+    config.decoder_weights,
+    dtype=dtype,
+    mesh=mesh,
+    rules=rules,
+    is_wanted=replaced.__contains__,
+  )
 
-  def replaced(path, leaf, sharding):
+  def value(path, leaf):
     names = [entry.key for entry in path]
-    if lora.is_adapter(names[-1]) or names[0] != "decoder":
+    if "/".join(names) not in replaced:
       return leaf
-    value = functools.reduce(lambda node, name: node[name], names, stored)
-    return jax.device_put(value, sharding)
+    return functools.reduce(lambda node, name: node[name], names, stored)
 
-  return jax.tree_util.tree_map_with_path(replaced, params, shardings)
+  decoder = jax.tree_util.tree_map_with_path(value, params["decoder"])
+  return {**params, "decoder": decoder}
 
 
 def _abstract_batch(
@@ -456,26 +501,6 @@ def _cut_keys(config: config_lib.PrivateCutConfig, mesh: Mesh) -> Any:
   return fresh
 
 
-def _init(
-  root_key: jax.Array,
-  *,
-  model: multimodal.PPNet,
-  tx: optax.GradientTransformation,
-  example: Mapping[str, np.ndarray],
-  clip_norm: float | None,
-  is_trained: IsTrained,
-) -> state_lib.TrainState:
-  """Initial parameters and optimizer state; a function of the key alone."""
-  params = nn.meta.unbox(_boxed_params(root_key, model=model, example=example))
-  params, _ = _split(params, is_trained)
-  return state_lib.TrainState(
-    step=np.int32(0),
-    params=params,
-    opt_state=tx.init(params),
-    clip_norm=None if clip_norm is None else np.float32(clip_norm),
-  )
-
-
 def _engine(
   clipped_grad_of_frozen: Callable[[Any], Any],
   params: Any,
@@ -499,10 +524,10 @@ def _clipped_grad_of(
   example: Mapping[str, np.ndarray],
   params: Any,
   *,
-  is_trained: IsTrained,
+  is_trained: initial.IsTrained,
 ) -> Callable[[losses.LossFn], Any]:
   """From a loss of the trained parameters to its clipped gradients."""
-  num_stacked_axes = _num_stacked_axes(model, example)
+  num_stacked_axes = initial.num_stacked_axes(model, example)
   if is_trained is not None:
     num_stacked_axes, _ = lora.partition(num_stacked_axes, is_trained)
   return functools.partial(
@@ -510,114 +535,4 @@ def _clipped_grad_of(
     has_aux=True,
     params=params,
     num_stacked_axes=num_stacked_axes,
-  )
-
-
-def _num_stacked_axes(
-  model: multimodal.PPNet, example: Mapping[str, np.ndarray]
-) -> Any:
-  """How many leading axes of each parameter count layers."""
-  boxed = jax.eval_shape(
-    functools.partial(_boxed_params, model=model, example=example),
-    jax.eval_shape(lambda: prng.root(0)),
-  )
-  return jax.tree.map(
-    lambda box: int(getattr(box, "names", ())[:1] == ("layers",)),
-    boxed,
-    is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata),
-  )
-
-
-def _init_frozen(
-  root_key: jax.Array,
-  *,
-  model: multimodal.PPNet,
-  example: Mapping[str, np.ndarray],
-  is_trained: IsTrained,
-) -> Any:
-  """The other parameters, as the same key gives them."""
-  params = nn.meta.unbox(_boxed_params(root_key, model=model, example=example))
-  return _split(params, is_trained)[1]
-
-
-def _split(params: Any, is_trained: IsTrained) -> tuple[Any, Any]:
-  """(trained, frozen); all are trained where `is_trained` is None."""
-  if is_trained is None:
-    return params, {}
-  return lora.partition(params, is_trained, frozen_dtype=_FROZEN_DTYPE)
-
-
-def _boxed_params(
-  root_key: jax.Array,
-  *,
-  model: multimodal.PPNet,
-  example: Mapping[str, np.ndarray],
-) -> Any:
-  """Parameters with their logical axes still attached."""
-  batch = {  # Shapes alone: no private value enters the initial parameters.
-    name: jnp.zeros((1, *np.shape(value)), np.asarray(value).dtype)
-    for name, value in example.items()
-  }
-  variables = model.init(
-    prng.stream(root_key, prng.Stream.INIT, 0),
-    batch["tokens"],
-    media=losses.media(batch),
-  )
-  return variables["params"]
-
-
-def _shardings(
-  model: multimodal.PPNet,
-  tx: optax.GradientTransformation,
-  example: Mapping[str, np.ndarray],
-  mesh: Mesh,
-  rules: rules_lib.Rules,
-  mechanism: mechanism_lib.Mechanism,
-  *,
-  is_trained: IsTrained,
-) -> tuple[state_lib.TrainState, Any]:
-  """One sharding per leaf of the train state, and of what is frozen."""
-  boxed = jax.eval_shape(
-    functools.partial(_boxed_params, model=model, example=example),
-    jax.eval_shape(lambda: prng.root(0)),
-  )
-  everything = rules.param_shardings(mesh, boxed)
-  params, frozen = everything, {}
-  if is_trained is not None:
-    params, frozen = lora.partition(everything, is_trained)
-  replicated = rules_lib.replicated(mesh)
-  opt_state = optax.tree.map_params(
-    tx.init,
-    lambda _, sharding: sharding,
-    jax.eval_shape(tx.init, _split(nn.meta.unbox(boxed), is_trained)[0]),
-    params,
-    transform_non_params=lambda _: replicated,
-  )
-  has_clip_norm = mechanism.initial_clip_norm is not None
-  state = state_lib.TrainState(
-    step=replicated,
-    params=params,
-    opt_state=opt_state,
-    clip_norm=replicated if has_clip_norm else None,
-  )
-  return state, frozen
-
-
-def _noise_shardings(
-  mechanism: mechanism_lib.Mechanism,
-  abstract_params: Any,
-  param_shardings: Any,
-  *,
-  mesh: Mesh,
-) -> Any:
-  """One sharding per leaf of the noise state: noise lives as parameters do."""
-  state = jax.eval_shape(mechanism.privatizer().init, abstract_params)
-  if not isinstance(state, correlated.BandedState):
-    return jax.tree.map(lambda _: rules_lib.replicated(mesh), state)
-  return correlated.BandedState(
-    step=rules_lib.replicated(mesh),
-    history=jax.tree.map(
-      lambda sharding: NamedSharding(mesh, PartitionSpec(None, *sharding.spec)),
-      param_shardings,
-    ),
   )

@@ -109,8 +109,9 @@ def accumulate(
     params: parameters, the same for all microbatches of a step.
     microbatch: arrays [B, ...] from `data.pipeline`, with "index" and
       "is_padding_example", and with "view" where a record has several.
-    root_key: root of the attention noise; the step, the record's number and the
-      view's are folded in, so the noise does not depend on how a batch is cut.
+    root_key: root of the attention noise and of modality dropout; the step, the
+      record's number and the view's are folded in, so neither depends on how a
+      batch is cut.
     step: number of the step.
     clip_norm: where it follows a quantile; gradients are summed in its units.
     clipped_grad_fn: from `privacy.mechanism`.
@@ -150,20 +151,28 @@ def grad_batch(
   root_key: Key[Array, ""],
   step: Int[Array, ""],
 ) -> losses_lib.Batch:
-  """What the loss sees of a microbatch, with the keys of its attention noise.
+  """What the loss sees of a microbatch, with the keys of its randomness.
 
-  Args are those of `accumulate`.
+  Args are those of `accumulate`. "key" is of the attention noise, "dropout_key"
+  of the modalities that are dropped.
   """
-  stem = prng.stream(root_key, prng.Stream.ATTENTION_NOISE, step)
-  keys = prng.per_record(stem, microbatch["index"])
-  if "view" in microbatch:
-    keys = prng.per_view(keys, microbatch["view"])
+
+  def keys(purpose):
+    stem = prng.stream(root_key, purpose, step)
+    of_records = prng.per_record(stem, microbatch["index"])
+    if "view" not in microbatch:
+      return of_records
+    return prng.per_view(of_records, microbatch["view"])
+
   batch = {
     name: microbatch[name]
     for name in microbatch
     if name not in NOT_FOR_THE_LOSS
   }
-  return batch | {"key": keys}
+  return batch | {
+    "key": keys(prng.Stream.ATTENTION_NOISE),
+    "dropout_key": keys(prng.Stream.MODALITY_DROPOUT),
+  }
 
 
 def update(

@@ -44,6 +44,7 @@ def test_stream_numbers_are_append_only():
     "CLIP_COUNT_NOISE": 4,
     "GENERATE": 5,
     "PRIVATE_CUT": 6,
+    "MODALITY_DROPOUT": 7,
   }
 
 

@@ -6,6 +6,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import weakref
 
 import flax.linen as nn
 import jax
@@ -206,6 +207,32 @@ def test_many_files_and_an_index_hold_the_same(directory, tmp_path):
   again, params_again = hf.load(tmp_path)
   assert again == config
   jax.tree.map(np.testing.assert_array_equal, params, params_again)
+
+
+def test_saving_holds_one_tensor_at_a_time(directory, tmp_path, monkeypatch):
+  config, params = hf.load(directory("llama_7b"))
+  alive, most = [], []
+  original = hf._tensor
+
+  def tensor(leaf, entry, layer):
+    value = original(leaf, entry, layer).copy()
+    alive.append(weakref.ref(value))
+    most.append(sum(ref() is not None for ref in alive))
+    return value
+
+  monkeypatch.setattr(hf, "_tensor", tensor)
+  hf.save(tmp_path, config, params)
+  assert len(most) == len(tensor_shapes(config))
+  assert max(most) <= 2  # The last one goes when the next one is assigned.
+  # Fails if: a file's tensors are gathered before they are written.
+
+
+def test_parameters_that_are_not_wanted_are_not_read(directory):
+  _, params = hf.load(
+    directory("llama_7b"), is_wanted=lambda name: name.endswith("norm/scale")
+  )
+  assert params.keys() == {"layers", "final_norm"}
+  assert params["layers"].keys() == {"attention_norm", "mlp_norm"}
 
 
 def test_loading_onto_a_mesh_gives_the_same_values_in_parts(directory):

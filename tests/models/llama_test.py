@@ -39,9 +39,8 @@ def noise(stddev=0.5):
   )
 
 
-# The sizes that the models' published weights have: the total_size of
-# model.safetensors.index.json over the bytes of an entry, or the parameter
-# count on the model's page at huggingface.co, named beside each.
+# Of the shapes in the published config.json of each model, whose page at
+# huggingface.co is named beside it; pages and papers give rounded numbers.
 PUBLISHED = {
   presets.llama_7b: 6_738_415_616,  # huggyllama/llama-7b
   presets.llama2_7b: 6_738_415_616,  # meta-llama/Llama-2-7b-hf

@@ -87,7 +87,7 @@ def test_stems_make_as_many_tokens_as_the_config_says():
     channels=(2, 3), strides=(2, 3)
   )
   image_tokens = jax.eval_shape(
-    lambda key: vision.ImageStem(config.model.image, 5).init_with_output(
+    lambda key: vision.image_stem(config.model.image, 5).init_with_output(
       key, jnp.zeros((1, 9, 9, 1))
     )[0],
     jax.eval_shape(jax.random.key, 0),

@@ -117,3 +117,42 @@ def test_patterns_that_match_nothing_are_refused(tmp_path, prepared):
 
   with pytest.raises(ValueError, match="at least one parameter"):
     open_run(tmp_path, prepared, change)
+
+
+def test_stored_weights_go_straight_to_each_device_s_part(
+  tmp_path, prepared, weights, monkeypatch
+):
+  folder, stored = weights
+  read = []
+
+  def load(path, **kwargs):
+    read.append(kwargs)
+    return original(path, **kwargs)
+
+  original = hf.load
+  monkeypatch.setattr(hf, "load", load)
+  config = tiny.experiment(num_steps=2, engine=config_lib.Engine.BOOKKEEPING)
+  config.data.prepared_dir = prepared
+  config.model.decoder.lora = config_lib.LoraConfig(rank=2)
+  config.model.decoder_weights = str(folder)
+  config.mesh = config_lib.MeshConfig(data=1, fsdp=2, tensor=1)
+  records.write_json(tmp_path / "config.json", {"config": config})
+  program = loop.open_experiment(
+    config, tmp_path, devices=jax.devices()[:2]
+  ).program
+  program.init()
+  assert not read  # Adapters alone are trained: nothing is read for them.
+  frozen = program.frozen()["decoder"]
+  (call,) = read
+  assert call["mesh"] == program.mesh  # One device would hold all of it.
+  jax.tree.map(
+    lambda leaf, abstract, value: (
+      np.testing.assert_array_equal(leaf, value.astype(jnp.bfloat16)),
+      leaf.sharding == abstract.sharding or pytest.fail(str(leaf.sharding)),
+    ),
+    frozen,
+    program.abstract_frozen["decoder"],
+    stored,
+  )
+  kernel = frozen["layers"]["mlp"]["up_proj"]["kernel"]
+  assert kernel.addressable_shards[0].data.shape == (2, 4, 12)

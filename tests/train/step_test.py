@@ -347,3 +347,23 @@ def test_replayed_noise_is_that_of_the_steps_taken():
   assert int(replayed.step) == 4
   assert all(np.any(leaf) for leaf in jax.tree.leaves(replayed.history))
   # Fails if: a restart draws the earlier steps' noise from other keys.
+
+
+def test_dropout_keys_are_the_record_s_own():
+  root, step = jax.random.key(3), jnp.int32(4)
+
+  def keys(index, step=step, **more):
+    batch = step_lib.grad_batch({"index": jnp.array(index), **more}, root, step)
+    return (
+      jax.random.key_data(jax.random.clone(batch[name]))
+      for name in ("dropout_key", "key")
+    )
+
+  dropout, attention = keys([7, 8, 9])
+  assert len(np.unique(np.concatenate([dropout, attention]), axis=0)) == 6
+  # A record's key does not depend on its place or on who else is there.
+  np.testing.assert_array_equal(next(keys([9, 7])), dropout[jnp.array([2, 0])])
+  views = next(keys([7, 7], view=jnp.array([0, 1])))
+  assert not np.array_equal(views[0], views[1])
+  assert not np.array_equal(next(keys([7], step=jnp.int32(5)))[0], dropout[0])
+  # Fails if: one draw decides for a whole batch, or for a whole run.
