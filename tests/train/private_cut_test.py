@@ -28,7 +28,7 @@ def test_a_run_claims_its_cut_and_never_repeats_a_draw(tmp_path, seed):
   assert claim["noise_stddev"] == experiment.program.model.cut.noise_stddev
   # One model, one record, twice: the outputs differ by their noise alone.
   once, again = (
-    loop.predictions(experiment, state.params, split="test")[1]
+    loop.predictions(experiment, state.params, split="test").logits
     for _ in range(2)
   )
   assert np.abs(once - again).max() > 1e-3
