@@ -111,6 +111,8 @@ class DataConfig:
     image_transforms: what a picture goes through, a list of transformations
       from `ppnet.data`; none given: decode, resize and z-score by the fields
       above. Augmentations among them are for training alone.
+    text_transforms: likewise for a text of a record's own, before it becomes
+      tokens; none given: what is far too long is cut, then Unicode NFKC.
     audio: how recordings become frames; ignored where a source has none.
     audio_transforms: likewise for a recording.
     augmentation_seed: fixes what random transformations draw.
@@ -135,6 +137,7 @@ class DataConfig:
   pixel_mean: float = 0.5
   pixel_std: float = 0.5
   image_transforms: tuple[Any, ...] = ()
+  text_transforms: tuple[Any, ...] = ()
   audio: AudioConfig = dataclasses.field(default_factory=AudioConfig)
   audio_transforms: tuple[Any, ...] = ()
   augmentation_seed: int = 0
@@ -238,7 +241,7 @@ def _validate_text(data: DataConfig, *, max_seq_len: int) -> None:
 
 
 def _validate_transforms(data: DataConfig) -> None:
-  for name in ("image_transforms", "audio_transforms"):
+  for name in ("image_transforms", "audio_transforms", "text_transforms"):
     for transform in getattr(data, name):
       if not hasattr(transform, "kind"):
         checks.fail(

@@ -11,7 +11,8 @@ Text that is too long is cut at its end; an answer never is.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -56,6 +57,7 @@ class Layout:
     counts: Mapping[str, tuple[int, int]],
     has_text: bool,
     tokenizer: tokenizers.Tokenizer,
+    text_transforms: Sequence[Any] = (),
   ):
     """Lays out what all records share.
 
@@ -65,6 +67,8 @@ class Layout:
         modalities that both the source and the model have.
       has_text: whether records have a text or an answer of their own.
       tokenizer: of the same prepared folder.
+      text_transforms: what texts and answers go through before they are
+        tokenised.
 
     Raises:
       ValueError: a sequence may be longer than the decoder's, there is no
@@ -76,6 +80,7 @@ class Layout:
     self._per_item = config_lib.num_media_tokens(config)
     self._tokenizer = tokenizer
     self._has_text = has_text
+    self._text_transforms = tuple(text_transforms)
     self._shared: dict[tuple[int, ...], Tokens] = {}
     self.pad_id = tokenizer.pad_id
     self.answer_ids = tokenizer.answer_ids
@@ -173,38 +178,47 @@ class Layout:
     # The last token is a target alone, so there is room for one more.
     if self.task is config_lib.Task.CLASSIFY:
       label = self._checked_label(record)
-      text = self._encode(record, record.text)[:room]
+      text = self._encode(record, self._clean(record, record.text))[:room]
       return text, [int(self.answer_ids[label])], 0
     if self.task is config_lib.Task.ANSWER:
-      answer = self._required(record, "answer")
-      answer.append(self._tokenizer.eos_id)
+      words = self._required(record, "answer")
+      answer = [*self._encode(record, words), self._tokenizer.eos_id]
       if len(answer) > room + 1:
         raise sources.BadRecordError(
           record.id,
           f"its answer takes {len(answer)} tokens where {room + 1} fit.",
         )
-      text = self._encode(record, record.text)[: room + 1 - len(answer)]
-      return text, answer, len(record.answer.encode())
-    text = self._required(record, "text")
+      text = self._encode(record, self._clean(record, record.text))
+      return text[: room + 1 - len(answer)], answer, len(words.encode())
+    words = self._required(record, "text")
+    text = self._encode(record, words)
     kept = text[: room + 1]
-    num_bytes = len(record.text.encode())
     if len(kept) < len(text):
-      num_bytes = len(self._tokenizer.decode(kept).encode())
-    return [], kept, num_bytes
+      words = self._tokenizer.decode(kept)
+    return [], kept, len(words.encode())
 
-  def _required(self, record: sources.Record, field: str) -> list[int]:
-    """The tokens of a field that must not be empty."""
-    ids = self._encode(record, getattr(record, field))
-    if not ids:
+  def _required(self, record: sources.Record, field: str) -> str:
+    """A field that must not be empty, clean."""
+    words = self._clean(record, getattr(record, field))
+    if not words:
       raise sources.BadRecordError(record.id, f"its {field} is empty.")
-    return ids
+    return words
 
-  def _encode(self, record: sources.Record, text: str) -> list[int]:
-    """The tokens of a record's own words; none of nothing."""
-    if not text:
+  def _clean(self, record: sources.Record, words: str) -> str:
+    """A record's own words after the transformations of text."""
+    if not words:
+      return ""
+    element: Mapping[str, Any] = {"id": record.id, "text": words}
+    for transform in self._text_transforms:
+      element = transform.map(element)
+    return element["text"]
+
+  def _encode(self, record: sources.Record, words: str) -> list[int]:
+    """The tokens of words; none of nothing."""
+    if not words:
       return []
     try:
-      return self._tokenizer.encode(text)
+      return self._tokenizer.encode(words)
     except ValueError as error:  # It spells a special piece, or a surrogate.
       raise sources.BadRecordError(
         record.id, f"its text cannot be encoded ({error})."

@@ -38,6 +38,7 @@ from ppnet.data import (
   packing,
   prepare,
   sources,
+  text_transforms,
   tokenizers,
 )
 from ppnet.data import examples as examples_lib
@@ -124,6 +125,8 @@ def records_by_user(
   )
 
 
+# No vocabulary has longer pieces in any number; more text cannot be used.
+_MAX_CHARS_PER_TOKEN = 32
 AnyExamples = examples_lib.Examples | packing.PackedExamples
 
 
@@ -188,6 +191,7 @@ def examples(
       tokenizer=tokenizers.load(
         config.data, prepared_dir, class_names=card.class_names
       ),
+      text_transforms=text_chain(config),
     ),
     chains=chains,
     skip=config.data.on_bad_record is config_lib.BadRecord.SKIP,
@@ -203,6 +207,17 @@ def training_examples(
   if config.privacy.unit is config_lib.PrivacyUnit.PACKED_ROW:
     return packing.PackedExamples(examples(config, prepared_dir, split="train"))
   return examples(config, prepared_dir, split="train", augmented=True)
+
+
+def text_chain(config: config_lib.ExperimentConfig) -> tuple[Any, ...]:
+  """What a record's own text goes through before it becomes tokens."""
+  if config.data.text_transforms:
+    return tuple(config.data.text_transforms)
+  longest = config.data.lengths[-1:] or (config.model.decoder.max_seq_len,)
+  return (
+    text_transforms.Decode(max_chars=_MAX_CHARS_PER_TOKEN * longest[0]),
+    text_transforms.Nfkc(),
+  )
 
 
 def _image_chain(config: config_lib.DataConfig) -> examples_lib.Chain:

@@ -46,6 +46,7 @@ _FIELDS_THAT_MAY_DIFFER = (
   "lengths",
   "image_transforms",
   "audio_transforms",
+  "text_transforms",
   "augmentation_seed",
 )
 _TEMPORARY_PREFIX = ".unfinished-"
