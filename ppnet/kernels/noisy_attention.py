@@ -32,7 +32,11 @@ Leaf = Any
 
 
 # By JAX's name of the platform.
-_DEFAULTS = {"tpu": Implementation.TPU, "gpu": Implementation.GPU}
+_DEFAULTS = {
+  "tpu": Implementation.TPU,
+  "gpu": Implementation.GPU,
+  "cuda": Implementation.GPU,
+}
 _BACKENDS = {
   Implementation.TPU: tpu.BACKEND,
   Implementation.GPU: gpu.BACKEND,
@@ -87,7 +91,8 @@ def noisy_attention(
     noise: keys and scale of the noise, or None.
     causal: query t attends to key tokens up to t + S - T.
     segment_ids: tokens attend only within their segment; needs T = S.
-    implementation: None chooses by platform.
+    implementation: None chooses by platform: the mesh's, in `jax.set_mesh`;
+      the reference where there are several devices and no mesh is set.
     block_sizes: queries and key tokens of a kernel's block, which change no
       value but by rounding; None chooses.
 
@@ -181,7 +186,19 @@ def _reference(
 def _resolve(implementation: Implementation | str | None) -> Implementation:
   """The implementation asked for, or the platform's own."""
   if implementation is None:
-    return _DEFAULTS.get(jax.default_backend(), Implementation.REFERENCE)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+      platform = jax.default_backend()
+      # Devices that are told nothing of a mesh may still share the arrays.
+      known = jax.device_count() == 1
+    else:
+      # Of the mesh: a program for a pod is compiled on any machine.
+      device = mesh.abstract_device
+      platform = jax.default_backend() if device is None else device.platform
+      known = True
+    if not known:
+      return Implementation.REFERENCE
+    return _DEFAULTS.get(platform, Implementation.REFERENCE)
   try:
     return Implementation(implementation)
   except ValueError:

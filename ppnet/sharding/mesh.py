@@ -1,5 +1,9 @@
 """The device mesh: axes `data` (replicas), `fsdp` (ZeRO), `tensor`."""
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import numpy as np
 from jax.sharding import Mesh
@@ -41,3 +45,20 @@ def build(
     AXES,
     axis_types=(jax.sharding.AxisType.Auto,) * len(AXES),
   )
+
+
+def within(
+  mesh: Mesh, fn: Callable[..., Any], **bound: Any
+) -> Callable[..., Any]:
+  """`fn` with `bound` keyword arguments, traced with `mesh` at hand.
+
+  The attention kernels ask for it (`jax.sharding.get_abstract_mesh`), because
+  XLA does not split them. Its axes are Auto: nothing else takes notice.
+  """
+
+  @functools.wraps(fn)
+  def on_mesh(*args, **kwargs):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      return fn(*args, **bound, **kwargs)
+
+  return on_mesh
