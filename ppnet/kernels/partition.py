@@ -193,7 +193,7 @@ def _on_mesh(
       own.append(operand)
 
     def place_and_sum(x):
-      # In float32: as many terms as there are devices at one key head.
+      # As many terms as there are devices at one key head: not in bfloat16.
       wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
       every = jnp.zeros((x.shape[0], num_key_heads, *x.shape[2:]), wide.dtype)
       every = jax.lax.dynamic_update_slice_in_dim(every, wide, head, axis=1)

@@ -13,7 +13,7 @@ import tempfile
 
 # Result and name of each collective in a compiled program's text.
 _COLLECTIVE = re.compile(
-  r"= (\S+) ((?:all|reduce|collective)-[a-z-]+?)(?:-start)?\("
+  r"= (.+?) ((?:all|reduce|collective)-[a-z-]+?)(?:-start)?\("
 )
 
 
