@@ -79,7 +79,6 @@ expected = functools.cache(lambda: clipped_sum(REFERENCE, config.Engine.VMAP))
 @pytest.mark.parametrize(
   ("attention", "engine", "axes"),
   [
-    (TPU, config.Engine.GHOST, None),
     (GPU, config.Engine.VMAP, MESH),
     *(
       pytest.param(attention, engine, axes, marks=pytest.mark.slow)
