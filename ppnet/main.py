@@ -91,7 +91,8 @@ def evaluate(
 ) -> None:
   """Evaluates the newest checkpoint; writes `evaluation.json`.
 
-  Where there is attention noise, also `attention.json` and its figure.
+  Where there is attention noise, and one host, also `attention.json` and its
+  figure.
   """
   experiment = loop.open_experiment(config, workdir)
   state, _ = loop.restore(experiment)
@@ -107,7 +108,7 @@ def evaluate(
   }
   records.write_json(workdir / "evaluation.json", evaluation)
   print(tables.summary_table(evaluation))
-  if config.attention_noise.stddev:
+  if config.attention_noise.stddev and jax.process_count() == 1:
     maps = attention_maps.attention_maps(experiment, state.params)
     records.write_json(workdir / "attention.json", maps)
     print(f"figure:  {attention_figures.attention_figure(workdir)}")

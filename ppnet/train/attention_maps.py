@@ -15,15 +15,14 @@ _MAX_HEADS = 4
 _MAX_TOKENS = 64
 
 
-def attention_maps(
-  experiment: loop.Experiment, params: Any, *, index: int = 0
-) -> dict[str, Any]:
-  """Weights of one layer for one test record: the first layer with noise.
+def attention_maps(experiment: loop.Experiment, params: Any) -> dict[str, Any]:
+  """Weights of one layer for one test record, its first readable one.
+
+  The layer is the first with noise.
 
   Args:
     experiment: from `loop.open_experiment`, with attention noise.
     params: trained parameters.
-    index: the record's place in the test split.
 
   Returns:
     A record: "layer", "heads", "tokens" (what each is, of at most 64, padding
@@ -31,17 +30,21 @@ def attention_maps(
     them the noise's "mode" and "stddev".
 
   Raises:
-    ValueError: there is no attention noise, or no such record.
+    ValueError: there is no attention noise, or no record that can be read.
   """
   config = experiment.config
   noise_config = config.attention_noise
   checks.positive(**{"attention_noise.stddev": noise_config.stddev})
-  dataset = experiment.datasets["test"]
-  checks.at_most(len(dataset) - 1, index=index)
-  row = dataset[index]
-  if row["is_padding_example"]:
-    checks.fail("a test record that can be read", index=index)
-  batch = {name: np.asarray(value)[None] for name, value in row.items()}
+  dataset, tokenizer = experiment.datasets["test"], experiment.tokenizer
+  rows = ((i, dataset[i]) for i in range(len(dataset)))
+  rows = (pair for pair in rows if not pair[1]["is_padding_example"])
+  index, row = next(rows, (-1, None))
+  if row is None:
+    checks.fail("a test record that can be read", num_records=len(dataset))
+  batch = _first_tokens(
+    {name: np.asarray(value)[None] for name, value in row.items()},
+    placeholders=list(tokenizer.placeholder_ids.values()),
+  )
   program = experiment.program
   placed = jax.device_put(batch)
   cut_keys = None
@@ -50,7 +53,7 @@ def attention_maps(
   # The draw of an evaluation with noise.
   stem = prng.stream(program.root_key, prng.Stream.EVAL_ATTENTION_NOISE, 0)
   noise = losses.attention_noise(
-    # The hardware's has the same law and can be looked at nowhere.
+    # The hardware's cannot be looked at; this is as wide.
     dataclasses.replace(
       noise_config, generator=config_lib.NoiseGenerator.PORTABLE
     ),
@@ -58,7 +61,7 @@ def attention_maps(
   )
   layer = min(config.model.decoder.noise_layers or (0,))
   params = lora.combine(params, program.frozen())
-  num_tokens = _num_tokens(row["tokens"], experiment.tokenizer.pad_id)
+  num_tokens = _num_tokens(row["tokens"], tokenizer.pad_id)
 
   def weights(noise):
     found = program.model.apply(
@@ -83,10 +86,28 @@ def attention_maps(
     "heads": list(range(len(clean))),
     "mode": noise_config.mode,
     "stddev": noise_config.stddev,
-    "tokens": _spelling(row["tokens"][:num_tokens], experiment.tokenizer),
+    "tokens": _spelling(row["tokens"][:num_tokens], tokenizer),
     "clean": clean.tolist(),
     "noisy": weights(noise).tolist(),
   }
+
+
+def _first_tokens(
+  batch: dict[str, np.ndarray], *, placeholders: list[int]
+) -> dict[str, np.ndarray]:
+  """Without the tokens that nobody will see: maps of all would be O(T^2).
+
+  Attention is causal, so that earlier tokens do not notice. Places of pictures
+  and sounds stay together.
+  """
+  (places,) = np.nonzero(np.isin(batch["tokens"][0], placeholders))
+  most = max(_MAX_TOKENS, *(places + 1)) if places.size else _MAX_TOKENS
+  short = {
+    name: batch[name][:, :most]
+    for name in ("tokens", "positions", "segment_ids")
+    if name in batch
+  }
+  return batch | short
 
 
 def _num_tokens(tokens: np.ndarray, pad_id: int) -> int:
