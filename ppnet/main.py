@@ -35,9 +35,10 @@ from ppnet.core import checks, hosts, prng, records, workdirs
 from ppnet.data import layout, prepare, text, tokenizers
 from ppnet.models import generate, hf, lora, multimodal
 from ppnet.privacy import budget, input_privacy, ledger
+from ppnet.report import attention as attention_figures
 from ppnet.report import budget as budget_figures
 from ppnet.report import compiled, figures, ratios, tables
-from ppnet.train import compile_only, loop, preemption
+from ppnet.train import attention_maps, compile_only, loop, preemption
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Experiment file, as FILE or FILE:ARG.", lock_config=False
@@ -109,7 +110,11 @@ def train(config: config_lib.ExperimentConfig, workdir: pathlib.Path) -> None:
 def evaluate(
   config: config_lib.ExperimentConfig, workdir: pathlib.Path
 ) -> None:
-  """Evaluates the newest checkpoint; writes `evaluation.json`."""
+  """Evaluates the newest checkpoint; writes `evaluation.json`.
+
+  Where there is attention noise, and one host, also `attention.json` and its
+  figure.
+  """
   experiment = loop.open_experiment(config, workdir)
   state, _ = loop.restore(experiment)
   scores = loop.evaluate(experiment, state.params)
@@ -126,6 +131,10 @@ def evaluate(
     return
   records.write_json(workdir / "evaluation.json", evaluation)
   print(tables.summary_table(evaluation))
+  if config.attention_noise.stddev and jax.process_count() == 1:
+    maps = attention_maps.attention_maps(experiment, state.params)
+    records.write_json(workdir / "attention.json", maps)
+    print(f"figure:  {attention_figures.attention_figure(workdir)}")
 
 
 def prepare_data(

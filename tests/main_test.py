@@ -184,6 +184,13 @@ def test_evaluate_repeats_the_run_s_own_numbers(finished):
   for name in ("charged_steps", "guarantee", "seeded"):
     assert evaluation[name] == summary[name]
   assert "seed" in output  # The mark of a run that others can repeat.
+  maps = records.read_json(workdir / "attention.json")
+  assert maps["tokens"][:3] == ["<s>", "image", "image"]
+  clean, noisy = np.array(maps["clean"]), np.array(maps["noisy"])
+  assert clean.shape == noisy.shape == (2, *[len(maps["tokens"])] * 2)
+  assert (workdir / "figures" / "attention.png").exists()
+  np.testing.assert_array_equal(noisy[:, 0], clean[:, 0])  # The first token.
+  assert np.abs(noisy - clean).max() > 0.01
 
 
 def test_generate_continues_test_records_of_a_checkpoint(finished):

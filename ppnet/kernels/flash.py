@@ -36,7 +36,7 @@ from jaxtyping import Array, Float, Int
 
 from ppnet import config as config_lib
 from ppnet.core import checks
-from ppnet.kernels import counter_noise
+from ppnet.kernels import counter_noise, partition
 
 NoiseMode = config_lib.NoiseMode
 Leaf = Any
@@ -228,7 +228,7 @@ def attention(
     if not hardware:
       words = (pad_q(noise.row, axis=2), pad_k(noise.column, axis=2))
   out = _flash(
-    (backend, spec),
+    (backend, spec, partition.ambient_mesh()),
     pad_q(jnp.swapaxes(q, 1, 2), axis=2),
     pad_k(jnp.swapaxes(k, 1, 2), axis=2),
     pad_k(jnp.swapaxes(v, 1, 2), axis=2),
@@ -279,24 +279,42 @@ def _noise(scale, words) -> Noise | None:
   return Noise(row=words[0], column=words[1], scale=scale)
 
 
+# What the first axes of q, k, v, noise and segments count.
+_LEADING = (
+  partition.Leading.QUERY_HEADS,
+  partition.Leading.KEY_HEADS,
+  partition.Leading.KEY_HEADS,
+  partition.Leading.QUERY_HEADS,
+  partition.Leading.EXAMPLES,
+)
+
+
 def _flash_forward(static, q, k, v, scale, words, segments):
-  backend, spec = static
-  noise = _noise(scale, words)
-  inverse_total = None
-  if spec.mode is NoiseMode.WEIGHTS:
-    clean = dataclasses.replace(spec, mode=None)
-    out, lse = backend.forward(clean, q, k, v, None, segments)
-    noisy, total = backend.forward_weights(spec, q, k, v, lse, noise, segments)
-    kept = total > 0
-    out = jnp.where(kept[..., None], noisy, out)
-    inverse_total = jnp.where(kept, 1 / jnp.where(kept, total, 1), 0)
-  else:
-    out, lse = backend.forward(spec, q, k, v, noise, segments)
+  backend, spec, mesh = static
+  out, lse, inverse_total = partition.call(
+    functools.partial(_forward, backend, spec),
+    (q, k, v, _noise(scale, words), segments),
+    leading=_LEADING,
+    out_leading=(partition.Leading.QUERY_HEADS,) * 3,
+    mesh=mesh,
+  )
   return out, (q, k, v, scale, words, segments, out, lse, inverse_total)
 
 
+def _forward(backend, spec, q, k, v, noise, segments):
+  """Output, log-sum-exp and, under WEIGHTS, 1 / Z."""
+  if spec.mode is not NoiseMode.WEIGHTS:
+    return *backend.forward(spec, q, k, v, noise, segments), None
+  clean = dataclasses.replace(spec, mode=None)
+  out, lse = backend.forward(clean, q, k, v, None, segments)
+  noisy, total = backend.forward_weights(spec, q, k, v, lse, noise, segments)
+  kept = total > 0
+  out = jnp.where(kept[..., None], noisy, out)
+  return out, lse, jnp.where(kept, 1 / jnp.where(kept, total, 1), 0)
+
+
 def _flash_backward(static, residuals, d_out):
-  backend, spec = static
+  backend, spec, mesh = static
   q, k, v, scale, words, segments, out, lse, inverse_total = residuals
   noise = _noise(scale, words)
   wide = lse.dtype
@@ -305,13 +323,37 @@ def _flash_backward(static, residuals, d_out):
     delta=jnp.sum(out.astype(wide) * d_out.astype(wide), axis=-1),
     inverse_total=inverse_total,
   )
+  of_queries, of_keys = _LEADING[:2]
+  dq, stats, dk, dv = partition.call(
+    functools.partial(_backward, backend, spec),
+    (q, k, v, noise, segments, d_out, stats),
+    leading=(*_LEADING, of_queries, of_queries),
+    out_leading=(of_queries, of_queries, of_keys, of_keys),
+    mesh=mesh,
+  )
+  d_scale = None
+  if scale is not None:
+    # A pass of its own: where nobody learns the scale it is never run.
+    (d_scale,) = partition.call(
+      functools.partial(_backward_scale, backend, spec),
+      (q, k, v, noise, segments, d_out, stats),
+      leading=(*_LEADING, of_queries, of_queries),
+      out_leading=(of_queries,),
+      mesh=mesh,
+    )
+  return dq, dk, dv, d_scale, None, None
+
+
+def _backward(backend, spec, q, k, v, noise, segments, d_out, stats):
+  """Gradients of q, k and v; and the statistics, now with P.G."""
   dq, inner = backend.backward_q(spec, q, k, v, d_out, stats, noise, segments)
   stats = dataclasses.replace(stats, inner=inner)
-  rest = (spec, q, k, v, d_out, stats, noise, segments)
-  dk, dv = backend.backward_kv(*rest)
-  # A pass of its own: where nobody learns the scale it is never run.
-  d_scale = None if scale is None else backend.backward_scale(*rest)
-  return dq, dk, dv, d_scale, None, None
+  dk, dv = backend.backward_kv(spec, q, k, v, d_out, stats, noise, segments)
+  return dq, stats, dk, dv
+
+
+def _backward_scale(backend, spec, q, k, v, noise, segments, d_out, stats):
+  return (backend.backward_scale(spec, q, k, v, d_out, stats, noise, segments),)
 
 
 _flash.defvjp(_flash_forward, _flash_backward)

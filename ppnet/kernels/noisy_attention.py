@@ -32,7 +32,11 @@ Leaf = Any
 
 
 # By JAX's name of the platform.
-_DEFAULTS = {"tpu": Implementation.TPU, "gpu": Implementation.GPU}
+_DEFAULTS = {
+  "tpu": Implementation.TPU,
+  "gpu": Implementation.GPU,
+  "cuda": Implementation.GPU,
+}
 _BACKENDS = {
   Implementation.TPU: tpu.BACKEND,
   Implementation.GPU: gpu.BACKEND,
@@ -87,7 +91,8 @@ def noisy_attention(
     noise: keys and scale of the noise, or None.
     causal: query t attends to key tokens up to t + S - T.
     segment_ids: tokens attend only within their segment; needs T = S.
-    implementation: None chooses by platform.
+    implementation: None chooses by platform: the mesh's, in `jax.set_mesh`;
+      the reference where there are several devices and no mesh is set.
     block_sizes: queries and key tokens of a kernel's block, which change no
       value but by rounding; None chooses.
 
@@ -99,6 +104,70 @@ def noisy_attention(
     TypeError: keys that are not typed threefry keys.
   """
   chosen = _resolve(implementation)
+  drawn = _checked_words_and_scale(q, k, noise, segment_ids)
+  mode = None if noise is None else noise.mode
+  is_hardware = noise is not None and noise.generator is NoiseGenerator.HARDWARE
+  if is_hardware and chosen is not Implementation.TPU:
+    checks.fail(
+      "the TPU implementation where the hardware draws the noise",
+      "Use NoiseGenerator.PORTABLE, which is the same on every device.",
+      implementation=chosen.name,
+    )
+  if chosen is Implementation.REFERENCE:
+    written_out = _written_out(
+      q, k, causal=causal, segment_ids=segment_ids, noise=drawn, mode=mode
+    )
+    return reference.attention(q, k, v, **written_out)
+  return flash.attention(
+    _BACKENDS[chosen],
+    q,
+    k,
+    v,
+    causal=causal,
+    segment_ids=segment_ids,
+    noise=drawn,
+    mode=mode,
+    block_sizes=block_sizes,
+  )
+
+
+def attention_weights(
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B S K H"],
+  *,
+  noise: AttentionNoise | None,
+  causal: bool = True,
+  segment_ids: Int[Array, "B T"] | None = None,
+) -> Float[Array, "B N T S"]:
+  """What multiplies the values, to look at: memory is O(T S).
+
+  The arguments, their errors and the noise are those of `noisy_attention`.
+
+  Raises:
+    ValueError: shapes that do not fit, or noise by the hardware, which the
+      kernels alone can draw.
+  """
+  if noise is not None and noise.generator is NoiseGenerator.HARDWARE:
+    checks.fail(
+      "noise that can be drawn outside the TPU's kernels",
+      "Use NoiseGenerator.PORTABLE.",
+      generator=noise.generator.name,
+    )
+  written_out = _written_out(
+    q,
+    k,
+    causal=causal,
+    segment_ids=segment_ids,
+    noise=_checked_words_and_scale(q, k, noise, segment_ids),
+    mode=None if noise is None else noise.mode,
+  )
+  return reference.attention_weights(q, k, **written_out)
+
+
+def _checked_words_and_scale(
+  q: Array, k: Array, noise: AttentionNoise | None, segment_ids: Array | None
+) -> flash.Noise | None:
+  """`_words_and_scale` of arrays whose shapes fit; None without noise."""
   batch, num_queries, num_heads, _ = q.shape
   num_keys, num_kv_heads = k.shape[1:3]
   if num_heads % num_kv_heads:
@@ -113,51 +182,27 @@ def noisy_attention(
       num_queries=num_queries,
       num_keys=num_keys,
     )
-  drawn = None
-  if noise is not None:
-    drawn = _words_and_scale(
-      noise,
-      batch=batch,
-      num_heads=num_heads,
-      num_queries=num_queries,
-      num_keys=num_keys,
-    )
-  mode = None if noise is None else noise.mode
-  is_hardware = noise is not None and noise.generator is NoiseGenerator.HARDWARE
-  if is_hardware and chosen is not Implementation.TPU:
-    checks.fail(
-      "the TPU implementation where the hardware draws the noise",
-      "Use NoiseGenerator.PORTABLE, which is the same on every device.",
-      implementation=chosen.name,
-    )
-  if chosen is Implementation.REFERENCE:
-    return _reference(
-      q, k, v, causal=causal, segment_ids=segment_ids, noise=drawn, mode=mode
-    )
-  return flash.attention(
-    _BACKENDS[chosen],
-    q,
-    k,
-    v,
-    causal=causal,
-    segment_ids=segment_ids,
-    noise=drawn,
-    mode=mode,
-    block_sizes=block_sizes,
+  if noise is None:
+    return None
+  return _words_and_scale(
+    noise,
+    batch=batch,
+    num_heads=num_heads,
+    num_queries=num_queries,
+    num_keys=num_keys,
   )
 
 
-def _reference(
+def _written_out(
   q: Array,
   k: Array,
-  v: Array,
   *,
   causal: bool,
   segment_ids: Array | None,
   noise: flash.Noise | None,
   mode: NoiseMode | None,
-) -> Array:
-  """The op written out, with the noise as an array."""
+) -> dict[str, Any]:
+  """Mask and noise as arrays, as `reference` takes them."""
   mask = reference.attention_mask(
     q.shape[1], k.shape[1], causal=causal, segment_ids=segment_ids
   )
@@ -168,20 +213,29 @@ def _reference(
     )
     scaled = raw * noise.scale[:, :, None, :]
   is_scores = mode is NoiseMode.SCORES
-  return reference.attention(
-    q,
-    k,
-    v,
-    mask=mask,
-    score_noise=scaled if is_scores else None,
-    weight_noise=None if is_scores else scaled,
-  )
+  return {
+    "mask": mask,
+    "score_noise": scaled if is_scores else None,
+    "weight_noise": None if is_scores else scaled,
+  }
 
 
 def _resolve(implementation: Implementation | str | None) -> Implementation:
   """The implementation asked for, or the platform's own."""
   if implementation is None:
-    return _DEFAULTS.get(jax.default_backend(), Implementation.REFERENCE)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+      platform = jax.default_backend()
+      # Devices that are told nothing of a mesh may still share the arrays.
+      known = jax.device_count() == 1
+    else:
+      # Of the mesh: a program for a pod is compiled on any machine.
+      device = mesh.abstract_device
+      platform = jax.default_backend() if device is None else device.platform
+      known = True
+    if not known:
+      return Implementation.REFERENCE
+    return _DEFAULTS.get(platform, Implementation.REFERENCE)
   try:
     return Implementation(implementation)
   except ValueError:

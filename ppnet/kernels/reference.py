@@ -58,6 +58,28 @@ def attention(
       the rest is renormalised. A row that loses every weight keeps its clean
       ones.
   """
+  batch, num_queries, num_heads, _ = q.shape
+  num_keys, num_kv_heads = k.shape[1:3]
+  weights = attention_weights(
+    q, k, mask=mask, score_noise=score_noise, weight_noise=weight_noise
+  ).reshape(
+    batch, num_kv_heads, num_heads // num_kv_heads, num_queries, num_keys
+  )  # [B, K, G, T, S]
+  out = jnp.einsum(
+    "bkgts,bskh->btkgh", weights, v, preferred_element_type=weights.dtype
+  )
+  return out.reshape(q.shape).astype(q.dtype)
+
+
+def attention_weights(
+  q: Float[Array, "B T N H"],
+  k: Float[Array, "B S K H"],
+  *,
+  mask: Bool[Array, "#B T S"],
+  score_noise: Float[Array, "B N T S"] | None,
+  weight_noise: Float[Array, "B N T S"] | None,
+) -> Float[Array, "B N T S"]:
+  """What multiplies the values; the arguments are those of `attention`."""
   batch, num_queries, num_heads, head_dim = q.shape
   num_keys, num_kv_heads = k.shape[1:3]
   groups = num_heads // num_kv_heads
@@ -72,13 +94,9 @@ def attention(
   allowed = mask[:, None]  # [B or 1, 1, T, S]
   weights = jax.nn.softmax(jnp.where(allowed, scores, _MASKED_SCORE), axis=-1)
   weights = jnp.where(allowed, weights, 0.0)
-  if weight_noise is not None:
-    noisy = jnp.where(allowed, jax.nn.relu(weights + weight_noise), 0.0)
-    total = noisy.sum(axis=-1, keepdims=True)
-    kept = total > 0
-    weights = jnp.where(kept, noisy / jnp.where(kept, total, 1.0), weights)
-  weights = weights.reshape(
-    batch, num_kv_heads, groups, num_queries, num_keys
-  )  # [B, K, G, T, S]
-  out = jnp.einsum("bkgts,bskh->btkgh", weights, v, preferred_element_type=wide)
-  return out.reshape(q.shape).astype(q.dtype)
+  if weight_noise is None:
+    return weights
+  noisy = jnp.where(allowed, jax.nn.relu(weights + weight_noise), 0.0)
+  total = noisy.sum(axis=-1, keepdims=True)
+  kept = total > 0
+  return jnp.where(kept, noisy / jnp.where(kept, total, 1.0), weights)

@@ -45,6 +45,10 @@ from ppnet.models import layers, private_cut
 
 Leaf = Any
 
+# Collection of each layer's attention weights f32[L, B, N, T, S]. They are
+# computed where a caller makes it mutable, and nowhere else.
+MAPS = "attention_maps"
+
 
 @functools.partial(
   jax.tree_util.register_dataclass, data_fields=["k", "v"], meta_fields=[]
@@ -127,6 +131,15 @@ class Attention(nn.Module):
     q = rotate(heads("q_proj", cfg.num_heads, "q_heads"))
     k = rotate(heads("k_proj", cfg.num_kv_heads, "kv_heads"))
     v = heads("v_proj", cfg.num_kv_heads, "kv_heads")
+    if self.is_mutable_collection(MAPS) and not self.is_initializing():
+      # Meant: what is looked at is drawn as it is used.
+      same = noise and dataclasses.replace(
+        noise, key=jax.random.clone(noise.key)
+      )
+      maps = noisy_attention.attention_weights(
+        q, k, noise=same, segment_ids=segment_ids
+      )
+      self.sow(MAPS, "weights", maps)
     if cache is not None and cache.num_slots:
       known = cache.insert(KVCache(k=k, v=v), positions)
       out = _attend_to_cache(q, known, positions)
@@ -281,7 +294,7 @@ class Llama(nn.Module):
       layer = nn.remat(layer, prevent_cse=False)
     self.layers = nn.scan(
       layer,
-      variable_axes={"params": 0},
+      variable_axes={"params": 0, MAPS: 0},
       split_rngs={"params": True},
       # Layer numbers and caches are sliced; noise, the cut's noise, positions
       # and segments are the same for all layers.

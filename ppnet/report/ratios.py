@@ -4,6 +4,7 @@ Every number is a ratio to the baseline of its framework in the same case; what
 could not be measured is a hole with its reason, never left out.
 """
 
+import dataclasses
 import io
 import pathlib
 import textwrap
@@ -39,6 +40,28 @@ _ABOUT = (
 # Okabe and Ito 2008 (https://jfly.uni-koeln.de/color/), as in `report.figures`.
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#666666"
 _GREEN = "#009E73"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Subject:
+  """How a benchmark's figure speaks of what it measured, and its name."""
+
+  what: str
+  baseline: str
+  file: str
+
+
+_SUBJECTS = {
+  "ENGINES": _Subject(
+    what="a clipped sum", baseline="the plain gradient", file="engines"
+  ),
+  # `attention.png` is a run's own attention (`report.attention`).
+  "ATTENTION": _Subject(
+    what="noise in attention",
+    baseline="attention without noise",
+    file="attention_cost",
+  ),
+}
 
 
 def verdict(row: Mapping[str, Any]) -> str:
@@ -290,15 +313,16 @@ def draw(record: Mapping[str, Any]) -> figure.Figure:
   for index, (case, rows) in enumerate(cases):
     ax = fig.add_subplot(num_rows, columns, index + 1)
     _draw_case(ax, record, case, rows)
+  subject = _SUBJECTS[record["subject"]]
   fig.suptitle(
-    "What a clipped sum costs, relative to the plain gradient", fontsize=14
+    f"What {subject.what} costs, relative to {subject.baseline}", fontsize=14
   )
   key = [
     lines.Line2D([], [], color=color, marker=marker, linestyle="", label=label)
     for color, marker, label in (
-      (_BLUE, "o", "ppnet engine"),
+      (_BLUE, "o", "ppnet"),
       (_ORANGE, "s", "another library"),
-      (_GREY, "x", "the plain gradient"),
+      (_GREY, "x", subject.baseline),
       (_GREEN, "s", "goal: both at once"),
     )
   ]
@@ -393,7 +417,7 @@ def write(workdir: pathlib.Path) -> pathlib.Path:
     workdir: folder of a BENCHMARK job.
 
   Returns:
-    The path of the PNG file, `figures/<subject>.png`.
+    The path of the PNG file, in `figures/`.
 
   Raises:
     ValueError: a damaged record, or one without rows.
@@ -405,7 +429,7 @@ def write(workdir: pathlib.Path) -> pathlib.Path:
   )
   fig, folder = draw(record), workdir / "figures"
   folder.mkdir(exist_ok=True)
-  name = str(record["subject"]).lower()
+  name = _SUBJECTS[record["subject"]].file
   for suffix, metadata in (("pdf", {"CreationDate": None}), ("png", {})):
     content = io.BytesIO()
     fig.savefig(content, format=suffix, dpi=150, metadata=metadata)

@@ -1,6 +1,9 @@
 """The device mesh: axes `data` (replicas), `fsdp` (ZeRO), `tensor`."""
 
+import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -51,3 +54,20 @@ def sizes(config: config_lib.MeshConfig, num_devices: int) -> tuple[int, ...]:
       tensor=tensor,
     )
   return found
+
+
+def within(
+  mesh: Mesh, fn: Callable[..., Any], **bound: Any
+) -> Callable[..., Any]:
+  """`fn` with `bound` keyword arguments, traced with `mesh` at hand.
+
+  The attention kernels ask for it (`jax.sharding.get_abstract_mesh`), because
+  XLA does not split them. Its axes are Auto: nothing else takes notice.
+  """
+
+  @functools.wraps(fn)
+  def on_mesh(*args, **kwargs):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      return fn(*args, **bound, **kwargs)
+
+  return on_mesh

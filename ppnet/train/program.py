@@ -128,6 +128,7 @@ def build(
       parameter would be trained, or the decoder's weights are another model's.
   """
   mesh = _mesh(config, devices)
+  on_mesh = functools.partial(mesh_lib.within, mesh)
   rules = rules_lib.Rules()
   model = _model(config.model, placeholder_ids)
   tx = optimizer.build(config.optimizer, config.train.num_steps)
@@ -184,6 +185,7 @@ def build(
       _abstract_batch(
         example, num_rows=num_rows, has_cut=model.cut is not None
       ),
+      mesh=mesh,
     ),
     mechanism=mechanism,
     abstract_state=abstract_state,
@@ -192,9 +194,7 @@ def build(
     init=jax.jit(functools.partial(init_fn, root_key), out_shardings=shardings),
     init_grad_sum=jax.jit(step_lib.init_grad_sum, out_shardings=sum_sharding),
     accumulate=jax.jit(
-      functools.partial(
-        _accumulate, loss_fn=loss_fn, clipped_grad_of=clipped_grad_of
-      ),
+      on_mesh(_accumulate, loss_fn=loss_fn, clipped_grad_of=clipped_grad_of),
       donate_argnames="grad_sum",
       out_shardings=(sum_sharding, _fetched(mesh)),
     ),
@@ -266,8 +266,8 @@ def _fetching_programs(
   """What evaluates, and what brings values to the hosts."""
   return {
     "evaluate": jax.jit(
-      functools.partial(
-        _evaluate, model=model, noise_config=config.attention_noise
+      mesh_lib.within(
+        mesh, _evaluate, model=model, noise_config=config.attention_noise
       ),
       out_shardings=_fetched(mesh),
     ),
@@ -506,6 +506,8 @@ def _engine(
   params: Any,
   frozen: Any,
   batch: Any,
+  *,
+  mesh: Mesh,
 ) -> engine_choice.Choice | None:
   """The engine for these shapes; what is refused is refused here."""
   choices = []
@@ -514,7 +516,7 @@ def _engine(
     grad_fn = clipped_grad_of_frozen(frozen)
     choices.append(grad_fn.engine_choice(params, batch))
 
-  jax.eval_shape(trace, frozen)
+  jax.eval_shape(mesh_lib.within(mesh, trace), frozen)
   return choices[0]
 
 

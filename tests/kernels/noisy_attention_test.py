@@ -202,6 +202,24 @@ def test_gradients_match_finite_differences(mode):
   )
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_weights_times_values_are_the_output(mode):
+  q, k, v = inputs(num_keys=T + 3)
+  given = noise(mode=mode)
+  weights = noisy_attention.attention_weights(q, k, noise=given)
+  assert weights.shape == (B, N, T, T + 3)
+  every_value = jnp.repeat(v, N // K, axis=2)
+  np.testing.assert_allclose(
+    jnp.einsum("bnts,bsnh->btnh", weights, every_value),
+    noisy_attention.noisy_attention(q, k, v, noise=given),
+    atol=2e-6,
+  )
+  with pytest.raises(ValueError, match="generator"):
+    noisy_attention.attention_weights(
+      q, k, noise=noise(generator=config_lib.NoiseGenerator.HARDWARE)
+    )
+
+
 def test_bfloat16_inputs_accumulate_in_float32():
   q, k, v = inputs()
   exact = noisy_attention.noisy_attention(q, k, v, noise=noise())

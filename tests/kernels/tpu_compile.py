@@ -11,6 +11,11 @@ import re
 import sys
 import tempfile
 
+# Result and name of each collective in a compiled program's text.
+_COLLECTIVE = re.compile(
+  r"= (.+?) ((?:all|reduce|collective)-[a-z-]+?)(?:-start)?\("
+)
+
 
 def _prepare(folder):
   """libtpu reads these when it is loaded."""
@@ -44,17 +49,22 @@ def main(folder):
   import jax
   import jax.numpy as jnp
   from jax.experimental import topologies
+  from jax.sharding import NamedSharding
+  from jax.sharding import PartitionSpec as P
 
   from ppnet import config
   from ppnet.kernels import noisy_attention
+  from ppnet.sharding import mesh as mesh_lib
 
   case = json.load(sys.stdin)
-  device = topologies.get_topology_desc(
+  devices = topologies.get_topology_desc(
     case["topology"], platform="tpu"
-  ).devices[0]
-  sharding = jax.sharding.SingleDeviceSharding(device)
+  ).devices
+  axes = config.MeshConfig(**case.get("mesh", {"data": 1}))
+  num_devices = axes.data * axes.fsdp * axes.tensor
+  mesh = mesh_lib.build(axes, devices[:num_devices])
   mode = case["mode"] and config.NoiseMode(case["mode"])
-  batch, num_heads = 1, 2
+  batch, num_heads = case.get("batch", 1), case.get("num_heads", 2)
   num_tokens = case["num_tokens"]
 
   def loss(q, k, v, stddev, words):
@@ -80,29 +90,31 @@ def main(folder):
       noise=noise,
       causal=case.get("causal", True),
       segment_ids=segment_ids,
-      implementation="tpu",
       block_sizes=case["blocks"] and tuple(case["blocks"]),
     )
     return out.astype(jnp.float32).sum()
 
-  def abstract(shape, dtype):
+  def abstract(shape, dtype, *spec):
+    sharding = NamedSharding(mesh, P(*spec))
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-  of_heads = lambda heads: abstract(
-    (batch, num_tokens, heads, case["head_dim"]), jnp.bfloat16
-  )
+  def of_heads(heads):
+    shape = (batch, num_tokens, heads, case["head_dim"])
+    split = "tensor" if heads % axes.tensor == 0 else None
+    return abstract(shape, jnp.bfloat16, ("data", "fsdp"), None, split)
+
   num_kv_heads = case.get("num_kv_heads", num_heads)
   grad = jax.grad(
     loss, argnums=(0, 1, 2, 3) if case.get("learn_stddev") else (0, 1, 2)
   )
   compiled = (
-    jax.jit(grad)
+    jax.jit(mesh_lib.within(mesh, grad))
     .lower(
       of_heads(num_heads),
       of_heads(num_kv_heads),
       of_heads(num_kv_heads),
       abstract((), jnp.float32),
-      abstract((batch, 2), jnp.uint32),
+      abstract((batch, 2), jnp.uint32, ("data", "fsdp")),
     )
     .compile()
   )
@@ -112,6 +124,7 @@ def main(folder):
       {
         "bundles": _bundles(folder),
         "temp_bytes": memory.temp_size_in_bytes,
+        "collectives": _COLLECTIVE.findall(compiled.as_text()),
       }
     )
   )

@@ -50,6 +50,49 @@ def test_one_small_case_compiles():
   ]
 
 
+def test_a_mesh_splits_examples_and_heads():
+  """Two examples and two of eight heads per device: nothing is gathered."""
+  result = compile_for_tpu(
+    "v5e",
+    mode="scores",
+    num_tokens=256,
+    head_dim=128,
+    blocks=[128, 128],
+    batch=4,
+    num_heads=8,
+    mesh={"data": 2, "fsdp": 1, "tensor": 4},
+    topology="v5e:2x4",
+  )
+  assert len(result["bundles"]) == 3
+  assert not result["collectives"]
+  # Fails if: the mesh does not reach the kernels.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_kv_heads", [8, 2])
+@pytest.mark.parametrize("mode", ["scores", "weights"])
+def test_a_pod_s_mesh_gathers_no_activation(mode, num_kv_heads):
+  result = compile_for_tpu(
+    "v5e",
+    mode=mode,
+    num_tokens=2048,
+    head_dim=128,
+    blocks=None,
+    batch=8,
+    num_heads=16,
+    num_kv_heads=num_kv_heads,
+    learn_stddev=True,
+    mesh={"data": 2, "fsdp": 2, "tensor": 4},
+    topology="v5e:4x4",
+  )
+  names = {name for _, name in result["collectives"]}
+  # A learned stddev's gradient is summed; so are dK and dV of two key heads,
+  # each of which is at two devices.
+  assert names <= {"all-reduce"}
+  sums = [shape for shape, _ in result["collectives"] if "2048" in shape]
+  assert bool(sums) == (num_kv_heads == 2)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("generation", list(_TOPOLOGIES))
 @pytest.mark.parametrize("head_dim", [64, 128])

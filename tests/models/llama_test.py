@@ -346,3 +346,23 @@ def test_segments_do_not_see_each_other():
   packed = apply(TOKENS, segment_ids=segment_ids, positions=positions)
   alone = apply(TOKENS[:, 2:])
   np.testing.assert_allclose(packed[:, 2:], alone, atol=1e-5)
+
+
+def test_attention_maps_are_made_where_they_are_asked_for():
+  """The weights of every layer, with that layer's own noise."""
+  config = dataclasses.replace(SMALL, remat=True, noise_layers=(1,))
+  model, params = build(config)
+  apply = lambda noise, **kwargs: model.apply(
+    {"params": params}, TOKENS, noise=noise, **kwargs
+  )
+  logits, found = apply(noise(), mutable=[llama.MAPS])
+  np.testing.assert_array_equal(logits, apply(noise()))
+  (noisy,) = jax.tree.leaves(found)
+  (clean,) = jax.tree.leaves(apply(None, mutable=[llama.MAPS])[1])
+  assert noisy.shape == (3, 2, 4, 5, 5)  # [L, B, N, T, S]
+  np.testing.assert_allclose(noisy.sum(axis=-1), 1, atol=1e-6)
+  np.testing.assert_array_equal(noisy, np.tril(noisy))
+  np.testing.assert_array_equal(noisy[0], clean[0])
+  assert np.abs(noisy[1] - clean[1]).max() > 0.05
+  np.testing.assert_array_equal(noisy[:, :, :, 0], clean[:, :, :, 0])
+  # Fails if: the maps are of another draw than the output's.

@@ -159,6 +159,14 @@ def test_write_leaves_markdown_and_figures(tmp_path):
   assert "| FAST |" in (tmp_path / "bench.md").read_text()
 
 
+def test_attention_s_figure_does_not_take_a_run_s_own_place(tmp_path):
+  record = RECORD | {"subject": "ATTENTION"}
+  records.write_json(tmp_path / "bench.json", record)
+  assert ratios.write(tmp_path).name == "attention_cost.png"
+  title = ratios.draw(record).get_suptitle()
+  assert title.startswith("What noise in attention costs")
+
+
 def test_a_record_without_rows_is_refused():
   with pytest.raises(ValueError, match="rows"):
     ratios.bench_table({"rows": []})

@@ -1,0 +1,119 @@
+"""The figure of one record's attention, without noise and with it.
+
+Drawn from `attention.json` alone. Rows of pictures: without noise, with noise,
+and their difference; columns: heads. In each, a row is a query and a column is
+a token that it attends to.
+"""
+
+import io
+import pathlib
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import axes, figure, layout_engine
+
+from ppnet.core import records
+
+_MAX_LABELS = 24  # More would overlap.
+_NOTE = (
+  "Row: a token; column: a token it attends to. The first token attends only to"
+  " itself, so no noise reaches it: attention noise carries no privacy"
+  " guarantee."
+)
+
+
+def spans(tokens: Sequence[str]) -> list[tuple[str, int, int]]:
+  """Runs of one spelling: (spelling, first place, place behind the last).
+
+  >>> spans(["<s>", "image", "image", "?"])
+  [('<s>', 0, 1), ('image', 1, 3), ('?', 3, 4)]
+  """
+  found: list[tuple[str, int, int]] = []
+  for place, token in enumerate(tokens):
+    if found and found[-1][0] == token:
+      found[-1] = (token, found[-1][1], place + 1)
+    else:
+      found.append((token, place, place + 1))
+  return found
+
+
+def draw(record: Mapping[str, Any]) -> figure.Figure:
+  """Draws the figure from the record.
+
+  Args:
+    record: the content of `attention.json`.
+
+  Returns:
+    A figure that belongs to no window; the caller saves it.
+  """
+  clean, noisy = np.asarray(record["clean"]), np.asarray(record["noisy"])
+  num_heads = len(clean)
+  layout = layout_engine.ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06)
+  width = 2.6 + 2.5 * num_heads
+  fig = figure.Figure(figsize=(width, 9.4), layout=layout)
+  fig.suptitle(
+    f"Attention of test record {record['record']}, layer {record['layer']}\n"
+    f"noise on {record['mode'].lower()}, standard deviation"
+    f" {record['stddev']:g}",
+    fontsize=12,
+  )
+  grid = np.asarray(fig.subplots(3, num_heads, squeeze=False))
+  most = float(np.abs(noisy - clean).max()) or 1.0
+  kinds = (
+    ("without noise", clean, {"cmap": "Blues", "vmin": 0, "vmax": 1}),
+    ("with noise", noisy, {"cmap": "Blues", "vmin": 0, "vmax": 1}),
+    (
+      "difference",
+      noisy - clean,
+      {"cmap": "RdBu_r", "vmin": -most, "vmax": most},
+    ),
+  )
+  for place, (title, values, colours) in enumerate(kinds):
+    row, is_last = grid[place], place == len(kinds) - 1
+    for column, ax in enumerate(row):
+      ax.imshow(values[column], interpolation="nearest", **colours)
+      _label(ax, record["tokens"], is_first=column == 0, is_last=is_last)
+      if place == 0:
+        ax.set_title(f"head {record['heads'][column]}", fontsize=11)
+    row[0].set_ylabel(title, fontsize=11)
+    bar = fig.colorbar(row[0].images[0], ax=list(row), shrink=0.85, pad=0.01)
+    bar.set_label("change of the weight" if is_last else "weight")
+  # About 15 letters an inch.
+  fig.supxlabel(textwrap.fill(_NOTE, int(15 * width)), fontsize=9)
+  return fig
+
+
+def _label(
+  ax: axes.Axes, tokens: Sequence[str], *, is_first: bool, is_last: bool
+) -> None:
+  """Names the tokens on the outer sides; lines stand between their runs."""
+  runs = spans(tokens)
+  for _, start, _ in runs[1:]:
+    ax.axhline(start - 0.5, color="#999999", linewidth=0.4)
+    ax.axvline(start - 0.5, color="#999999", linewidth=0.4)
+  shown = runs[:: -(-len(runs) // _MAX_LABELS)]
+  places = [(start + end - 1) / 2 for _, start, end in shown]
+  names = [name.strip() or "space" for name, _, _ in shown]
+  ax.set_xticks(places, labels=names if is_last else [], rotation=90)
+  ax.set_yticks(places, labels=names if is_first else [])
+  ax.tick_params(labelsize=8, length=2)
+
+
+def attention_figure(workdir: pathlib.Path) -> pathlib.Path:
+  """Draws `figures/attention.png` and `.pdf` from `attention.json`.
+
+  Returns:
+    The path of the PNG file.
+  """
+  workdir = pathlib.Path(workdir)
+  fig = draw(records.read_json(workdir / "attention.json"))
+  folder = workdir / "figures"
+  folder.mkdir(exist_ok=True)
+  # Without the date, the same record gives the same file.
+  for suffix, metadata in (("pdf", {"CreationDate": None}), ("png", {})):
+    content = io.BytesIO()
+    fig.savefig(content, format=suffix, dpi=150, metadata=metadata)
+    records.write_bytes(folder / f"attention.{suffix}", content.getvalue())
+  return folder / "attention.png"
