@@ -1,6 +1,7 @@
 """The decoder is Llama: its sizes, its causality, its positions."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -25,11 +26,15 @@ SMALL = config_lib.LlamaConfig(
   max_seq_len=7,
 )
 TOKENS = jnp.array([[1, 5, 5, 2, 9], [3, 4, 0, 12, 7]], jnp.int32)
+# Compiling is what these tests cost.
+jit = functools.partial(
+  jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+)
 
 
 def build(config=SMALL, seed=0):
   model = llama.Llama(config)
-  variables = jax.jit(model.init)(jax.random.key(seed), TOKENS)
+  variables = jit(model.init)(jax.random.key(seed), TOKENS)
   return model, nn.meta.unbox(variables["params"])
 
 
@@ -101,11 +106,12 @@ def test_scaled_rotary_frequencies_are_kept_blended_or_divided():
 def test_extending_a_cache_gives_the_logits_of_the_whole():
   """A prompt in one piece, then one token at a time, at different positions."""
   model, params = build()
-  whole = jax.jit(model.apply)({"params": params}, TOKENS)
+  whole = jit(model.apply)({"params": params}, TOKENS)
   lengths = np.array([3, 1])  # Of the two prompts, padded to 3.
 
   def run(method, *args, **kwargs):
-    return model.apply({"params": params}, *args, method=method, **kwargs)
+    call = functools.partial(model.apply, method=method)
+    return jit(call)({"params": params}, *args, **kwargs)
 
   embeddings = run("embed", TOKENS)
   hidden, fresh = run(
@@ -125,9 +131,12 @@ def test_extending_a_cache_gives_the_logits_of_the_whole():
     np.testing.assert_allclose(
       logits[row, :length], whole[row, :length], atol=1e-5
     )
-  extend = jax.jit(
-    lambda x, at, cache: run("extend", x, positions=at, cache=cache)
+  extend = jit(
+    lambda x, at, cache: model.apply(
+      {"params": params}, x, positions=at, cache=cache, method="extend"
+    )
   )
+  insert = jit(jax.vmap(llama.KVCache.insert, in_axes=(0, 0, None)))
   for offset in range(2):
     at = jnp.asarray(lengths + offset)[:, None]
     hidden, fresh = extend(
@@ -136,16 +145,14 @@ def test_extending_a_cache_gives_the_logits_of_the_whole():
     logits = run("logits", hidden)
     expected = jnp.take_along_axis(whole, at[..., None], axis=1)
     np.testing.assert_allclose(logits, expected, atol=1e-5)
-    cache = jax.vmap(llama.KVCache.insert, in_axes=(0, 0, None))(
-      cache, fresh, at
-    )
+    cache = insert(cache, fresh, at)
   # Fails if: a slot beyond a query is read, or a token lands in another slot.
 
 
 def test_logits_match_a_decoder_written_out_in_numpy():
   """Touvron et al. 2023 by hand, one example and one layer at a time."""
   model, params = build()
-  got = jax.jit(model.apply)({"params": params}, TOKENS)
+  got = jit(model.apply)({"params": params}, TOKENS)
   weights = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
   for tokens, logits in zip(TOKENS, np.asarray(got), strict=True):
     np.testing.assert_allclose(
@@ -209,7 +216,7 @@ def test_a_position_s_logits_depend_on_it_and_its_past_only():
     out = model.apply({"params": params}, TOKENS[:1], embeddings=embeddings)
     return jnp.square(out[0]).sum(axis=-1)
 
-  jacobian = jax.jit(jax.jacrev(energies))(embeddings)  # [5, 1, 5, D]
+  jacobian = jit(jax.jacrev(energies))(embeddings)  # [5, 1, 5, D]
   reach = np.abs(np.asarray(jacobian[:, 0])).max(axis=-1)  # [output, input]
   for position in range(5):
     assert (reach[position, : position + 1] > 0).all()
@@ -219,7 +226,7 @@ def test_a_position_s_logits_depend_on_it_and_its_past_only():
 
 def test_one_example_s_logits_do_not_depend_on_another():
   model, params = build()
-  apply = jax.jit(lambda t, n: model.apply({"params": params}, t, noise=n))
+  apply = jit(lambda t, n: model.apply({"params": params}, t, noise=n))
   both = apply(TOKENS, noise())
   changed = jnp.stack([TOKENS[0], (TOKENS[1] + 1) % 13])
   np.testing.assert_array_equal(apply(changed, noise())[0], both[0])
@@ -235,7 +242,7 @@ def test_remat_changes_neither_logits_nor_gradients():
       out = model.apply({"params": params}, TOKENS, noise=noise())
       return (out * jnp.cos(jnp.arange(out.size).reshape(out.shape))).sum()
 
-    return jax.jit(jax.value_and_grad(run))(params)
+    return jit(jax.value_and_grad(run))(params)
 
   assert remat.config.remat
   assert not model.config.remat
@@ -253,7 +260,9 @@ def test_layers_draw_different_noise():
     with pytest.MonkeyPatch.context() as context:
       if patch:
         context.setattr(llama, "fold_in", patch)
-      both[name] = model.apply({"params": params}, TOKENS, noise=noise())
+      both[name] = jit(functools.partial(model.apply, noise=noise()))(
+        {"params": params}, TOKENS
+      )
   # The first token never sees the noise, whichever it is.
   np.testing.assert_allclose(both["own"][:, 0], both["shared"][:, 0], atol=1e-5)
   assert np.abs(both["own"] - both["shared"])[:, 1:].max() > 1e-3
@@ -263,8 +272,10 @@ def test_noise_can_be_kept_to_some_layers():
   outs = {}
   for numbers in ((), (0, 1, 2), (0,), (2,)):
     model, params = build(dataclasses.replace(SMALL, noise_layers=numbers))
-    outs[numbers] = model.apply({"params": params}, TOKENS, noise=noise())
-  clean = model.apply({"params": params}, TOKENS)
+    outs[numbers] = jit(functools.partial(model.apply, noise=noise()))(
+      {"params": params}, TOKENS
+    )
+  clean = jit(model.apply)({"params": params}, TOKENS)
   np.testing.assert_array_equal(outs[()], outs[(0, 1, 2)])
   for one, other in ((outs[(0,)], outs[(2,)]), (outs[(2,)], clean)):
     assert np.abs(one - other)[:, 1:].max() > 1e-3
@@ -291,8 +302,8 @@ def test_tied_embeddings_have_no_head_and_use_the_table():
   untied = llama.Llama(SMALL)
   head = {"lm_head": {"kernel": params["token_embed"]["table"].T}}
   np.testing.assert_allclose(
-    jax.jit(model.apply)({"params": params}, TOKENS),
-    jax.jit(untied.apply)({"params": params | head}, TOKENS),
+    jit(model.apply)({"params": params}, TOKENS),
+    jit(untied.apply)({"params": params | head}, TOKENS),
     atol=1e-6,
   )
 
@@ -303,12 +314,12 @@ def test_bfloat16_compute_keeps_float32_parameters_and_logits():
   )
   model, params = build(config)
   exact, _ = build()
-  out = jax.jit(model.apply)({"params": params}, TOKENS)
+  out = jit(model.apply)({"params": params}, TOKENS)
   assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {
     jnp.dtype("float32")
   }
   assert out.dtype == jnp.float32
-  expected = jax.jit(exact.apply)({"params": params}, TOKENS)
+  expected = jit(exact.apply)({"params": params}, TOKENS)
   assert not np.array_equal(out, expected)  # It did compute in bfloat16.
   # 8 bits of mantissa through three layers.
   np.testing.assert_allclose(out, expected, atol=0.15)
@@ -340,7 +351,7 @@ def test_segments_do_not_see_each_other():
   model, params = build()
   segment_ids = jnp.array([[0, 0, 1, 1, 1]] * 2)
   positions = jnp.array([[0, 1, 0, 1, 2]] * 2)
-  apply = jax.jit(
+  apply = jit(
     lambda tokens, **kwargs: model.apply({"params": params}, tokens, **kwargs)
   )
   packed = apply(TOKENS, segment_ids=segment_ids, positions=positions)

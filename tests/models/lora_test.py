@@ -160,7 +160,8 @@ def test_engines_clip_the_trained_part_alone(is_trained, adapted):
 
     return jit(call)(trained, frozen, batch)
 
-  results = {engine: run(engine) for engine in config_lib.Engine}
+  engines = set(config_lib.Engine) - {config_lib.Engine.AUTO}  # One of them.
+  results = {engine: run(engine) for engine in engines}
   # By hand: each example's gradient with respect to the trained part.
   grad_fn = jit(
     jax.grad(

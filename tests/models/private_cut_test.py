@@ -85,7 +85,7 @@ def decoder(cut):
   return model, params, tokens
 
 
-@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize("layer", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_outputs_are_a_function_of_the_noisy_state_alone(layer):
   """With the state's bound next to nothing, the input cannot be told."""
   noisy = private_cut.PrivateCut(
