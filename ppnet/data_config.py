@@ -256,6 +256,15 @@ def validate(data: DataConfig, *, max_seq_len: int) -> None:
       "data.captions_per_image": data.captions_per_image,
     }
   )
+  speaks = (Source.FSDD, Source.SPOKEN_WRITTEN_DIGITS)
+  if data.held_out_users and data.source not in speaks:
+    checks.fail(
+      "data.held_out_users with source FSDD or SPOKEN_WRITTEN_DIGITS alone",
+      **{
+        "data.source": data.source.name,
+        "data.held_out_users": data.held_out_users,
+      },
+    )
   checks.non_negative(**{"data.prepare_workers": data.prepare_workers})
   if data.source is not Source.DIGITS and not data.path:
     checks.fail(

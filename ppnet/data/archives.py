@@ -13,6 +13,7 @@ import gzip
 import os
 import pathlib
 import posixpath
+import struct
 import zipfile
 import zlib
 from typing import Protocol
@@ -101,8 +102,14 @@ class Zip:
   def _zip(self) -> zipfile.ZipFile:
     try:
       return zipfile.ZipFile(self.path)
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
-      # Damaged directories raise more than BadZipFile.
+    except (
+      zipfile.BadZipFile,
+      OSError,
+      EOFError,
+      NotImplementedError,  # A version that it does not know.
+      ValueError,
+      struct.error,
+    ) as error:
       return checks.fail(
         "a whole zip",
         f"{type(error).__name__}: {error}. Was it downloaded to its end?",

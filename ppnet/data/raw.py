@@ -176,7 +176,7 @@ def existing(
   path: str | pathlib.Path, config: config_lib.DataConfig
 ) -> pathlib.Path:
   """Returns the path, or says what the source expects to find there."""
-  path = pathlib.Path(path)
+  path = pathlib.Path(path).expanduser()
   if not path.exists():
     expected(config, missing=str(path))
   return path

@@ -8,7 +8,6 @@
 import dataclasses
 import functools
 import json
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -255,7 +254,7 @@ class SpokenWrittenDigits(raw.RawDataset):
       "It seeds NumPy's generators.", split_seed=config.split_seed
     )
     self._config = config
-    path = pathlib.Path(config.path)
+    path = raw.existing(config.path, config)
     self._images = raw_media.Idx(
       dataclasses.replace(config, class_names=()),
       folder=raw.existing(path / "mnist", config),
@@ -331,9 +330,9 @@ def _draw_pairs(
   pairs = []
   for digit in range(10):
     own = rng.permutation(np.flatnonzero(recordings == digit)).tolist()
-    for place, recording in enumerate(own):
-      # Each digit begins with another question, so that the rest evens out.
-      question = list(_QUESTIONS)[(place + digit) % len(_QUESTIONS)]
+    for recording in own:
+      # The turns go on from digit to digit, so that they even out.
+      question = list(_QUESTIONS)[sum(turns.values()) % len(_QUESTIONS)]
       written = _written(question, digit, turn=turns[question], rng=rng)
       turns[question] += 1
       if not unused[written]:

@@ -8,6 +8,7 @@
 """
 
 import bisect
+import contextlib
 import dataclasses
 import functools
 import gzip
@@ -314,12 +315,12 @@ class Table(raw.RawDataset):
     if not found:
       raw.expected(config, tables=[])
     self._tables = [rows for _, rows in found]
-    folder = path if path.is_dir() else path.parent
+    self._folder = path if path.is_dir() else path.parent
     self.class_names = config.class_names or self._written_class_names()
     self._columns = _Columns(
       config.columns,
       class_names=self.class_names,
-      files=archives.Folder(folder),
+      files=archives.Folder(self._folder),
     )
     self._check_columns()
     self.media = self._columns.media
@@ -371,18 +372,28 @@ class Table(raw.RawDataset):
   def _group(self, number: int) -> str:
     """What must not be in both splits: a row, or the rows of a user."""
     column = self._config.columns.user
-    if not column:
-      return f"row-{number:07d}"
-    try:
-      row = self._row(number)
-      return _text(row.get(column), "")
-    except (archives.UnreadableError, sources.BadRecordError):
-      return f"row-{number:07d}"  # Reading it will say what is wrong.
+    if column:
+      with contextlib.suppress(
+        archives.UnreadableError,  # Reading the record will say so.
+        sources.BadRecordError,
+      ):
+        return _text(self._row(number).get(column), "")
+    return self._name(number)
+
+  def _at(self, number: int) -> tuple[int, int]:
+    """(which file, which of its rows)."""
+    place = bisect.bisect_right(self._ends, number)
+    return place, number - (self._ends[place - 1] if place else 0)
 
   def _row(self, number: int) -> Mapping[str, Any]:
-    place = bisect.bisect_right(self._ends, number)
-    first = self._ends[place - 1] if place else 0
-    return self._tables[place].row(number - first)
+    place, row = self._at(number)
+    return self._tables[place].row(row)
+
+  def _name(self, number: int) -> str:
+    """A row by its file and its place there, from 1."""
+    place, row = self._at(number)
+    path = self._tables[place].path.relative_to(self._folder)
+    return f"{path.as_posix()}:{row + 1}"
 
   def _written_class_names(self) -> tuple[str, ...]:
     """What a Parquet file says of its labels, in the words of `datasets`."""
@@ -427,14 +438,11 @@ class Table(raw.RawDataset):
   def record(self, split: str, index: int) -> sources.Record:
     """See `RawDataset`."""
     number = self._split[split][index]
-    name = f"row-{number:07d}"
+    name = self._name(number)
     try:
       row = self._row(number)
     except archives.UnreadableError as error:
-      place = bisect.bisect_right(self._ends, number)
-      raise sources.BadRecordError(
-        name, f"in {self._tables[place].path}: {error}"
-      ) from error
+      raise sources.BadRecordError(name, str(error)) from error
     return self._columns.record(
       row, name=self._columns.name(row, fallback=name)
     )
