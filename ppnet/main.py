@@ -115,6 +115,15 @@ def prepare_data(
     f"{folder}: {card.num_train} training and {card.num_test} test records,"
     f" {len(card.class_names)} classes"
   )
+  skipped = {
+    f"bad records of the {split} split": count
+    for split, count in card.num_skipped.items()
+    if count
+  }
+  for why, count in (dict(card.left_out) | skipped).items():
+    print(f"left out: {count} {why}")
+  for sentence in card.uncovered:
+    print(f"not covered: {sentence}")
 
 
 def account(config: config_lib.ExperimentConfig, workdir: pathlib.Path) -> None:

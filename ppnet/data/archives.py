@@ -57,7 +57,11 @@ class Folder:
   def _names(self) -> tuple[str, ...]:
     found = []
     for parent, folders, files in os.walk(self.path, followlinks=True):
-      folders[:] = [name for name in folders if not name.startswith(".")]
+      folders[:] = [
+        name
+        for name in folders
+        if not name.startswith(".") and not _leads_up(parent, name)
+      ]
       inner = pathlib.Path(parent).relative_to(self.path)
       found += [
         (inner / name).as_posix()
@@ -80,6 +84,15 @@ class Folder:
   def size(self, name: str) -> int:
     """See `Files`."""
     return (self.path / name).stat().st_size
+
+
+def _leads_up(parent: str, name: str) -> bool:
+  """Whether a folder is a link to one that it is in itself."""
+  path = os.path.join(parent, name)
+  if not os.path.islink(path):
+    return False
+  target = os.path.realpath(path)
+  return os.path.commonpath([target, os.path.realpath(parent)]) == target
 
 
 class Zip:

@@ -128,7 +128,8 @@ class ClassFolder(raw.RawDataset):
     self._path = raw.existing(config.path, config)
     self._files = archives.open_files(self._path)
     self.in_place = self._path.is_dir()
-    self.name = self._path.resolve().stem
+    resolved = self._path.resolve()
+    self.name = resolved.name if self.in_place else resolved.stem
     self.media = {modality: (1, 1)}
     how = "read in place" if self.in_place else "a zip"
     self.origin = f"{self._path.resolve()}, {how}."

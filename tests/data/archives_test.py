@@ -125,6 +125,14 @@ def test_neither_folder_nor_zip_is_refused(tmp_path):
     archives.open_files(tmp_path / "a.rar")
 
 
+def test_folder_that_links_to_itself_ends(tmp_path):
+  raw_tools.folder_of(tmp_path / "set", {"a/1": b"", "b/2": b""})
+  (tmp_path / "set" / "a" / "up").symlink_to(tmp_path / "set")
+  (tmp_path / "set" / "c").symlink_to(tmp_path / "set" / "b")
+  files = archives.open_files(tmp_path / "set")
+  assert files.names() == ("a/1", "b/2", "c/2")
+
+
 def test_threads_share_one_zip(tmp_path):
   expected = {f"{i}": bytes([i]) * (i + 1) * 1000 for i in range(40)}
   files = archives.open_files(raw_tools.zip_of(tmp_path / "s.zip", expected))
