@@ -44,8 +44,8 @@ def get_config(path: str = "/data/input.txt") -> config.ExperimentConfig:
     privacy=config.PrivacyConfig(epsilon=8.0, delta=1e-5, l2_clip_norm=1.0),
     optimizer=config.OptimizerConfig(learning_rate=2e-3, warmup_steps=10),
     train=config.TrainConfig(
-      num_steps=200,
-      expected_batch_size=512,
+      num_steps=100,
+      expected_batch_size=256,
       eval_every_steps=50,
       checkpoint_every_steps=25,
     ),

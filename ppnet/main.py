@@ -309,16 +309,15 @@ def _plan(experiment: loop.Experiment) -> str:
   config, mechanism = experiment.config, experiment.mechanism
   engine = experiment.program.engine
   claim = mechanism.claim()
+  media = " and ".join(
+    f"{count} {name}"
+    for name, count in config_lib.num_media_tokens(config).items()
+    if name in experiment.card.media
+  )
   return "\n".join(
     [
-      f"{config.name}: {experiment.card.num_train:,} training records,"
-      " "
-      + " and ".join(
-        f"{count} {name}"
-        for name, count in config_lib.num_media_tokens(config).items()
-        if name in experiment.card.media
-      )
-      + " tokens each",
+      f"{config.name}: {experiment.card.num_train:,} training records"
+      + (f", {media} tokens each" if media else ""),
       f"model: {experiment.program.num_parameters:,} parameters on"
       f" {jax.device_count()} {jax.default_backend()} device(s)",
       f"steps: {config.train.num_steps} of about"

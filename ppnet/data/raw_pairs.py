@@ -88,7 +88,8 @@ class CocoCaptions(raw.RawDataset):
       names = {row["id"]: row["file_name"] for row in content["images"]}
       captions: dict[str, list[str]] = {}
       for row in sorted(content["annotations"], key=lambda row: row["id"]):
-        captions.setdefault(names[row["image_id"]], []).append(row["caption"])
+        name = _checked_name(names[row["image_id"]])
+        captions.setdefault(name, []).append(row["caption"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
       raw.expected(
         self._config,
@@ -120,7 +121,9 @@ class CocoCaptions(raw.RawDataset):
         continue
       try:
         row = json.loads(line)
-        name, of_image = row["file_name"], list(row["captions"])
+        name, of_image = _checked_name(row["file_name"]), row["captions"]
+        if not isinstance(of_image, list):
+          raise TypeError(f"captions are {of_image!r}, no list")
       except (ValueError, KeyError, TypeError) as error:
         raw.expected(
           self._config,
@@ -189,6 +192,13 @@ class CocoCaptions(raw.RawDataset):
   def inputs(self) -> Mapping[str, Any]:
     """The captions and the photographs."""
     return self._inputs
+
+
+def _checked_name(name: Any) -> str:
+  """A file's name; raises `TypeError` for what is none."""
+  if not isinstance(name, str):
+    raise TypeError(f"the file name {name!r}")
+  return name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -233,7 +233,9 @@ class Squad(raw.RawDataset):
       try:
         found = json.loads(content)["data"]
         for article in found:
-          _ = article["title"], article["paragraphs"]  # Or KeyError.
+          if not isinstance(article["title"], str):
+            raise TypeError(f"the title {article['title']!r}")
+          _ = article["paragraphs"]  # Or KeyError.
       except (ValueError, KeyError, TypeError, RecursionError) as error:
         raw.expected(
           self._config,

@@ -107,6 +107,8 @@ def test_coco_s_own_form_keeps_its_own_split(tmp_path, packed):
     (b"{}\n", "line='1 of captions.jsonl'"),
     (b'\n{"file_name": "1.jpg", "captions": []}\n{', "line='3 of"),
     (b'{"file_name": "7.jpg", "captions": ["a"]}\n', r"missing=\['7.jpg'\]"),
+    (b'{"file_name": ["1.jpg"], "captions": ["a"]}\n', "the file name"),
+    (b'{"file_name": "001.jpg", "captions": "all"}\n', "no list"),
     (
       b'{"file_name": "001.jpg", "captions": ["a"]}\n' * 2,
       "each photograph once",

@@ -134,7 +134,10 @@ def test_squad_takes_the_official_files_where_there_are_two(tmp_path):
 
 
 @pytest.mark.parametrize(
-  "content", [b"", b"{", b"[]", b'{"data": 3}', b'{"data": [{}]}', b"\xff"]
+  "content",
+  [b"", b"{", b"[]", b'{"data": 3}', b'{"data": [{}]}', b"\xff"]
+  + [b'{"data": [{"title": [], "paragraphs": []}]}']
+  + [b'{"data": [{"title": "a", "paragraphs": [{"qas": [3]}]}]}'],
 )
 def test_what_is_no_squad_file_is_refused(tmp_path, content):
   path = tmp_path / "dev-v1.1.json"

@@ -182,6 +182,21 @@ def test_shard_that_does_not_fit_its_summary_is_made_again(
   assert others == {p: p.stat().st_mtime_ns for p in others}
 
 
+def test_unfinished_files_do_not_pile_up(digits, tmp_path, monkeypatch):
+  config, _ = digits
+  half_done(config, tmp_path)
+  (tmp_path / ".unfinished-train-00004.array_record.ab12").write_bytes(b"?")
+
+  def begins(*args, **kwargs):
+    assert not list(tmp_path.glob(".unfinished-*"))
+    assert len(list(tmp_path.glob("*.array_record"))) == 16
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(shards, "make_all", begins)
+  with pytest.raises(KeyboardInterrupt):
+    prepare.prepare(config, tmp_path, progress=False)
+
+
 @pytest.mark.parametrize("change", ["raw", "config"])
 def test_unfinished_work_on_other_data_is_thrown_away(tmp_path, change):
   rows = [{"key": f"k{i}", "body": f"text {i}"} for i in range(25)]
