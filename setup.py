@@ -39,10 +39,12 @@ _EXTRAS_REQUIRE = {
     "chex>=0.1.90",
     "hypothesis>=6.130",
     "import-linter==2.16",
+    "pyarrow>=15",
     "pyrefly==1.4.1",
     "pytest-xdist>=3.6",
     "pytest>=8.3",
     "ruff==0.17.5",
+    "tensorflow-datasets>=4.9.7",
   ],
   # Other libraries, for comparison: benchmarks and tests marked `peers`. torch
   # is pinned to one release because PyPI's wheels for Linux bring the CUDA
@@ -59,6 +61,13 @@ _EXTRAS_REQUIRE = {
     "peft>=0.21",
     "torch==2.13.0",
     "transformers>=5.0",
+  ],
+  # What PREPARE needs for some sources. Parquet tables take pyarrow. A TFDS set
+  # is *built* with TensorFlow and read without; training imports neither.
+  "prepare": [
+    "pyarrow>=15",
+    "tensorflow-datasets>=4.9.7",
+    "tensorflow>=2.18",
   ],
   "tpu": ["jax[tpu]"],
   "cuda": ["jax[cuda13]"],

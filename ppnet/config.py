@@ -34,6 +34,10 @@ PROJECTIONS = model_config.PROJECTIONS
 # What concerns the data, likewise.
 MODALITIES = data_config.MODALITIES
 Source = data_config.Source
+SOURCE_PATHS = data_config.PATHS
+ColumnsConfig = data_config.ColumnsConfig
+ReviewLabel = data_config.ReviewLabel
+Statistics = data_config.Statistics
 Task = data_config.Task
 TokenizerKind = data_config.TokenizerKind
 BadRecord = data_config.BadRecord

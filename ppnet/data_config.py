@@ -18,10 +18,21 @@ MODALITIES = ("image", "audio")
 
 
 class Source(enum.Enum):
-  """Where records come from."""
+  """Where records come from; `ppnet.data.catalogue` has a class for each."""
 
   DIGITS = "digits"  # scikit-learn's bundled digits, each with a DTMF key tone.
   IMAGE_FOLDER = "image_folder"  # <path>/{train,test}/<class name>/<file>.
+  AUDIO_FOLDER = "audio_folder"  # The same, of recordings: Speech Commands.
+  IDX = "idx"  # The four files of MNIST and of those that took its form.
+  FSDD = "fsdd"  # Free Spoken Digit Dataset.
+  CLOTHING_REVIEWS = "clothing_reviews"  # Women's E-Commerce Clothing Reviews.
+  SQUAD = "squad"  # Passages, questions and answers.
+  COCO_CAPTIONS = "coco_captions"  # Photographs and what they show.
+  SPOKEN_WRITTEN_DIGITS = "spoken_written_digits"  # IDX with FSDD.
+  TEXT_FILE = "text_file"  # Windows of one long text.
+  TABLE = "table"  # JSON lines or Parquet, the columns named in the config.
+  TFDS = "tfds"  # A set that `tfds build` made; read without TensorFlow.
+  ARRAY_RECORD = "array_record"  # Files of `ppnet.data.sources.encode_record`.
 
 
 class Task(enum.Enum):
@@ -39,6 +50,20 @@ class TokenizerKind(enum.Enum):
   BYTES = "bytes"  # One token per UTF-8 byte; nothing is learnt.
   FILE = "file"  # A published SentencePiece model, `data.tokenizer_path`.
   PRIVATE = "private"  # SentencePiece, trained on the records. NOT covered.
+
+
+class ReviewLabel(enum.Enum):
+  """What the class of a review is."""
+
+  RECOMMENDED = "recommended"  # Whether its author recommends the article.
+  RATING = "rating"  # From one to five.
+
+
+class Statistics(enum.Enum):
+  """Where the constants come from that pictures are normalised by."""
+
+  CONSTANT = "constant"  # `pixel_mean` and `pixel_std`, of no record at all.
+  PUBLIC_SPLIT = "public_split"  # Training records that are set aside for it.
 
 
 class BadRecord(enum.Enum):
@@ -83,6 +108,32 @@ class AudioConfig:
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
+class ColumnsConfig:
+  """Which column of a table, or feature of a TFDS set, is what of a record.
+
+  An empty name means that there is none. For TFDS, where all are empty, those
+  of these names are taken that the set has.
+
+  Attributes:
+    id: a name, unique in the whole set; without it rows are numbered.
+    text: what is read.
+    answer: what is to be written.
+    label: the class: its name, or its position in `data.class_names`.
+    image: an encoded picture, or its file's path from `data.path`.
+    audio: likewise a recording.
+    user: whose the record is.
+  """
+
+  id: str = ""
+  text: str = ""
+  answer: str = ""
+  label: str = ""
+  image: str = ""
+  audio: str = ""
+  user: str = ""
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
 class DataConfig:
   """What the records are and how they become arrays.
 
@@ -90,12 +141,24 @@ class DataConfig:
     source: where records come from.
     path: folder or file of the raw data, for a source that needs one.
     task: CLASSIFY, ANSWER or CAUSAL.
+    class_names: of the labels, in order, where the source does not know them:
+      IDX, TABLE, ARRAY_RECORD. IDX without: "0", "1", and so on.
+    columns: of TABLE and TFDS.
+    review_label: the class in CLOTHING_REVIEWS.
+    captions_per_image: records that a photograph of COCO_CAPTIONS makes; more
+      than one need privacy.unit=USER, since then it is the "user".
+    window_bytes: length of a record of TEXT_FILE.
+    held_out_users: speakers whose recordings are the whole test split of FSDD,
+      and in it alone; none given: its official split.
     user_pattern: regular expression with one group, the user, that matches all
-      of `<class>/<file>` of every training picture. Empty: no users.
+      of `<class>/<file>` of every training file of a folder. Empty: no users.
     prepared_dir: where PREPARE writes (and TRAIN reads) ArrayRecord files, the
       tokenizer and `dataset.json`. Empty: `<workdir>/prepared`.
     test_fraction: share held out for testing, of a source that comes as one.
     split_seed: fixes that split, and whatever else PREPARE draws.
+    records_per_shard: raw records that a file of PREPARE is made from.
+    prepare_workers: processes that make the files of PREPARE; 0: this one.
+      They change nothing in what is written, and take seconds to start.
     prompt: public text put after the media and before the record's own text.
     tokenizer: PUBLIC, BYTES, FILE or PRIVATE.
     tokenizer_path: the SentencePiece model of FILE.
@@ -106,6 +169,9 @@ class DataConfig:
       same, else `model.decoder.max_seq_len`. A longer text is cut at its end.
     image_size: height and width in pixels after resizing.
     image_channels: 1 (grey) or 3 (RGB).
+    statistics: CONSTANT takes the next two; PUBLIC_SPLIT measures them.
+    public_fraction: share of the training records that PUBLIC_SPLIT sets aside
+      as public. They are measured, never trained on, and not protected.
     pixel_mean: public constant, subtracted after min-max scaling to [0, 1].
     pixel_std: public constant, divided by after `pixel_mean`.
     image_transforms: what a picture goes through, a list of transformations
@@ -123,10 +189,18 @@ class DataConfig:
   source: Source = Source.DIGITS
   path: str = ""
   task: Task = Task.CLASSIFY
+  class_names: tuple[str, ...] = ()
+  columns: ColumnsConfig = dataclasses.field(default_factory=ColumnsConfig)
+  review_label: ReviewLabel = ReviewLabel.RECOMMENDED
+  captions_per_image: int = 1
+  window_bytes: int = 256
+  held_out_users: tuple[str, ...] = ()
   user_pattern: str = ""
   prepared_dir: str = ""
   test_fraction: float = 0.2
   split_seed: int = 0
+  records_per_shard: int = 2048
+  prepare_workers: int = 0
   prompt: str = "Which digit is written and dialled?"
   tokenizer: TokenizerKind = TokenizerKind.PUBLIC
   tokenizer_path: str = ""
@@ -134,6 +208,8 @@ class DataConfig:
   lengths: tuple[int, ...] = ()
   image_size: int = 8
   image_channels: int = 1
+  statistics: Statistics = Statistics.CONSTANT
+  public_fraction: float = 0.0
   pixel_mean: float = 0.5
   pixel_std: float = 0.5
   image_transforms: tuple[Any, ...] = ()
@@ -176,13 +252,31 @@ def validate(data: DataConfig, *, max_seq_len: int) -> None:
       "data.image_channels to be 1 (grey) or 3 (RGB)",
       **{"data.image_channels": data.image_channels},
     )
+  checks.positive(
+    **{
+      "data.records_per_shard": data.records_per_shard,
+      "data.window_bytes": data.window_bytes,
+      "data.captions_per_image": data.captions_per_image,
+    }
+  )
+  speaks = (Source.FSDD, Source.SPOKEN_WRITTEN_DIGITS)
+  if data.held_out_users and data.source not in speaks:
+    checks.fail(
+      "data.held_out_users with source FSDD or SPOKEN_WRITTEN_DIGITS alone",
+      **{
+        "data.source": data.source.name,
+        "data.held_out_users": data.held_out_users,
+      },
+    )
+  checks.non_negative(**{"data.prepare_workers": data.prepare_workers})
   if data.source is not Source.DIGITS and not data.path:
     checks.fail(
       "data.path to name the raw data, for every source but DIGITS",
-      "Set --config.data.path=DIR; for IMAGE_FOLDER the folder that holds"
-      " train/<class>/ and test/<class>/.",
+      f"Set --config.data.path; for {data.source.name} it is"
+      f" {PATHS[data.source]}.",
       **{"data.source": data.source.name, "data.path": data.path},
     )
+  _validate_statistics(data)
   _validate_text(data, max_seq_len=max_seq_len)
   _validate_transforms(data)
   _validate_audio(data.audio)
@@ -191,17 +285,26 @@ def validate(data: DataConfig, *, max_seq_len: int) -> None:
 def validate_users(data: DataConfig, *, has_users: bool) -> None:
   """Checks that records have users where the privacy unit asks for them."""
   pattern = data.user_pattern
-  if has_users and data.source in _WITHOUT_USERS and not pattern:
+  in_folders = data.source in (Source.IMAGE_FOLDER, Source.AUDIO_FOLDER)
+  if pattern and not in_folders:
     checks.fail(
-      "data.user_pattern to say whose each record is, for privacy.unit=USER",
-      "The digits have no users: use source IMAGE_FOLDER, and for files named"
-      " <user>_<number>.jpg --config.data.user_pattern='[^/]*/([^_]*)_.*'.",
+      "data.user_pattern with source IMAGE_FOLDER or AUDIO_FOLDER alone",
+      **{"data.source": data.source.name},
+    )
+  if has_users and not pattern and _has_no_users(data):
+    checks.fail(
+      "records that belong to somebody, for privacy.unit=USER",
+      "In folders, for files named <user>_<number>.jpg, set"
+      " --config.data.user_pattern='[^/]*/([^_]*)_.*'; in a table or a TFDS set"
+      " --config.data.columns.user; other sources without users have none.",
       **{"data.source": data.source.name, "data.user_pattern": pattern},
     )
-  if pattern and data.source is not Source.IMAGE_FOLDER:
+  if data.captions_per_image > 1 and not has_users:
     checks.fail(
-      "data.user_pattern with source IMAGE_FOLDER alone",
-      **{"data.source": data.source.name},
+      "privacy.unit=USER where a photograph has several records",
+      "Protecting one caption would not protect the photograph. Set"
+      " --config.privacy.unit=user, or --config.data.captions_per_image=1.",
+      **{"data.captions_per_image": data.captions_per_image},
     )
   try:
     groups = re.compile(pattern).groups
@@ -214,8 +317,87 @@ def validate_users(data: DataConfig, *, has_users: bool) -> None:
     )
 
 
+def _has_no_users(data: DataConfig) -> bool:
+  """Whether records are certainly nobody's, unless a pattern says whose."""
+  if data.source in (Source.TABLE, Source.TFDS):
+    return not data.columns.user
+  return data.source in _WITHOUT_USERS
+
+
+# What `data.path` names, for each source that needs it.
+PATHS = {
+  Source.IMAGE_FOLDER: (
+    "a folder, or a zip of one, that holds train/<class>/<file> and"
+    " test/<class>/<file>"
+  ),
+  Source.AUDIO_FOLDER: (
+    "a folder, or a zip of one, that holds train/<class>/<file> and"
+    " test/<class>/<file>, or <class>/<file> and testing_list.txt"
+  ),
+  Source.IDX: (
+    "a folder that holds train-images-idx3-ubyte, train-labels-idx1-ubyte,"
+    " t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte, each plain or .gz"
+  ),
+  Source.FSDD: (
+    "a folder, or a zip, of <digit>_<speaker>_<number>.wav, or a folder that"
+    " holds such a zip"
+  ),
+  Source.CLOTHING_REVIEWS: "the table of reviews, .csv or .csv.gz",
+  Source.SQUAD: (
+    "a SQuAD .json or .json.gz, or a folder that holds train-v*.json and"
+    " dev-v*.json, each plain or .gz"
+  ),
+  Source.COCO_CAPTIONS: (
+    "a folder, or a zip, that holds captions.jsonl and images/; or a folder"
+    " that holds annotations/captions_train2017.json, the same of val2017, and"
+    " train2017 and val2017, each a folder or a .zip"
+  ),
+  Source.SPOKEN_WRITTEN_DIGITS: (
+    "a folder that holds mnist/, as for IDX, and fsdd/, as for FSDD"
+  ),
+  Source.TEXT_FILE: "a file of UTF-8 text",
+  Source.TABLE: (
+    "a .jsonl, .jsonl.gz or .parquet file, or a folder of them whose names"
+    " begin with train and test"
+  ),
+  Source.TFDS: (
+    "the folder of a built set and its version, such as"
+    " ~/tensorflow_datasets/mnist/3.0.1"
+  ),
+  Source.ARRAY_RECORD: (
+    "a folder that holds train*.array_record and test*.array_record"
+  ),
+}
+
 # Whose records are nobody's, unless their names say so.
-_WITHOUT_USERS = (Source.DIGITS, Source.IMAGE_FOLDER)
+_WITHOUT_USERS = (
+  Source.DIGITS,
+  Source.IMAGE_FOLDER,
+  Source.AUDIO_FOLDER,
+  Source.IDX,
+  Source.CLOTHING_REVIEWS,
+  Source.TEXT_FILE,
+)
+
+
+def _validate_statistics(data: DataConfig) -> None:
+  measures = data.statistics is Statistics.PUBLIC_SPLIT
+  if measures != (data.public_fraction > 0) or not data.public_fraction < 1:
+    checks.fail(
+      "data.public_fraction between 0 and 1 with data.statistics=PUBLIC_SPLIT,"
+      " and 0 without",
+      **{
+        "data.statistics": data.statistics.name,
+        "data.public_fraction": data.public_fraction,
+      },
+    )
+  if measures and data.image_transforms:
+    checks.fail(
+      "data.statistics=CONSTANT where data.image_transforms are given",
+      "Those have their own constants, and nothing would read the measured"
+      " ones.",
+      **{"data.statistics": data.statistics.name},
+    )
 
 
 def _validate_text(data: DataConfig, *, max_seq_len: int) -> None:

@@ -147,6 +147,15 @@ def prepare_data(
     f"{folder}: {card.num_train} training and {card.num_test} test records,"
     f" {len(card.class_names)} classes"
   )
+  skipped = {
+    f"bad records of the {split} split": count
+    for split, count in card.num_skipped.items()
+    if count
+  }
+  for why, count in (dict(card.left_out) | skipped).items():
+    print(f"left out: {count} {why}")
+  for sentence in card.uncovered:
+    print(f"not covered: {sentence}")
 
 
 def account(config: config_lib.ExperimentConfig, workdir: pathlib.Path) -> None:
@@ -374,16 +383,15 @@ def _plan(experiment: loop.Experiment) -> str:
   config, mechanism = experiment.config, experiment.mechanism
   engine = experiment.program.engine
   claim = mechanism.claim()
+  media = " and ".join(
+    f"{count} {name}"
+    for name, count in config_lib.num_media_tokens(config).items()
+    if name in experiment.card.media
+  )
   return "\n".join(
     [
-      f"{config.name}: {experiment.card.num_train:,} training records,"
-      " "
-      + " and ".join(
-        f"{count} {name}"
-        for name, count in config_lib.num_media_tokens(config).items()
-        if name in experiment.card.media
-      )
-      + " tokens each",
+      f"{config.name}: {experiment.card.num_train:,} training records"
+      + (f", {media} tokens each" if media else ""),
       f"model: {experiment.program.num_parameters:,} parameters on"
       f" {jax.device_count()} {jax.default_backend()} device(s)",
       f"steps: {config.train.num_steps} of about"

@@ -62,27 +62,7 @@ def open_source(
   prepared_dir = pathlib.Path(prepared_dir)
   card = prepare.read_card(prepared_dir)
   prepare.check_same_config(card, config, prepared_dir=prepared_dir)
-  source: sources.Source
-  if config.source is config_lib.Source.IMAGE_FOLDER:
-    folder = sources.ImageFolderSource(
-      config.path,
-      split=split,
-      # Nobody's privacy depends on the test pictures.
-      user_pattern=config.user_pattern if split == "train" else "",
-    )
-    if folder.class_names != card.class_names:
-      checks.fail(
-        f"{config.path} to have the classes it was prepared with,"
-        f" {card.class_names}",
-        "Prepare it again into another config.data.prepared_dir.",
-        class_names=folder.class_names,
-      )
-    source = folder
-  else:
-    names = [name for name in card.sha256 if name.startswith(f"{split}-")]
-    source = sources.ArrayRecordSource(
-      [prepared_dir / name for name in sorted(names)]
-    )
+  source = prepare.open_split(config, card, prepared_dir, split=split)
   if len(source) != card.num_records(split):
     checks.fail(
       f"{card.num_records(split)} records in {source.description}",
@@ -177,7 +157,8 @@ def examples(
   card = prepare.read_card(prepared_dir)
   stems = config_lib.num_media_tokens(config)
   counts = {name: card.media[name] for name in card.media if name in stems}
-  chains = {name: _CHAINS[name](config.data) for name in counts}
+  data = prepare.with_statistics(config.data, card)
+  chains = {name: _CHAINS[name](data) for name in counts}
   if not augmented:
     chains = {
       name: chain.without_augmentation() for name, chain in chains.items()

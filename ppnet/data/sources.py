@@ -1,18 +1,24 @@
 """Random-access sources: where encoded records come from.
 
 A source knows its length and gives the record at a position, still encoded,
-so that reading is separate from decoding. Two are here: ArrayRecord files
-written by PREPARE, and a folder of pictures read in place.
+so that reading is separate from decoding. Here are the ArrayRecord files that
+PREPARE writes; what is read in place comes as a `raw.SplitSource`.
 
->>> source = ImageFolderSource("/data/pets", split="train")  # doctest: +SKIP
->>> source[0].id, source.class_names  # doctest: +SKIP
-('train/cat/001.jpg', ('cat', 'dog'))
+>>> source = ArrayRecordSource(["train.array_record"])  # doctest: +SKIP
+>>> source[0].id, source[0].label  # doctest: +SKIP
+('3_theo_7', 3)
+
+Write files of your own like this, and name their folder with source
+ARRAY_RECORD:
+
+>>> content = encode_record(Record(id="a", text="Hello", user="ann"))
+>>> decode_record(content, fallback_id="?").user
+'ann'
 """
 
 import dataclasses
 import os
 import pathlib
-import re
 from collections.abc import Mapping, Sequence
 from typing import Protocol, SupportsIndex
 
@@ -173,143 +179,3 @@ class ArrayRecordSource:
     """The files' names and folder."""
     names = ", ".join(path.name for path in self._paths)
     return f"ArrayRecord files {names} in {self._paths[0].parent}"
-
-
-class ImageFolderSource:
-  """Pictures in `<path>/{train,test}/<class name>/<file>`, read in place.
-
-  Classes are the folder names in sorted order, and records are sorted by class
-  and file name, so positions are the same on every machine. Files and folders
-  whose name starts with a dot are ignored, and so is whatever is not a regular
-  file inside a class folder. There is no audio.
-  """
-
-  def __init__(
-    self,
-    path: str | os.PathLike[str],
-    *,
-    split: str,
-    user_pattern: str = "",
-  ):
-    """Lists the files of one split; the other split is checked as well.
-
-    Args:
-      path: the folder that holds `train/` and `test/`.
-      split: "train" or "test".
-      user_pattern: regular expression with one group, the user, that matches
-        all of "<class>/<file>"; empty where users are not known.
-
-    Raises:
-      ValueError: the folder, a split, or every class is missing, a class has
-        no file, or the two splits do not have the same classes.
-    """
-    if split not in SPLITS:
-      checks.fail(f"split to be one of {SPLITS}", split=split)
-    self._path = pathlib.Path(path)
-    self._split = split
-    self._user_pattern = user_pattern
-    if not self._path.is_dir():
-      checks.fail(
-        "an existing folder",
-        "Set config.data.path to the folder that holds train/ and test/.",
-        path=str(self._path),
-      )
-    files = {name: _class_files(self._path, name) for name in SPLITS}
-    only_train = sorted(files["train"].keys() - files["test"].keys())
-    only_test = sorted(files["test"].keys() - files["train"].keys())
-    if only_train or only_test:
-      checks.fail(
-        f"the same classes in train/ and test/ of {self._path}",
-        "Give every class a folder with files in both.",
-        only_in_train=only_train,
-        only_in_test=only_test,
-      )
-    self.class_names: tuple[str, ...] = tuple(files[split])
-    self._files = [
-      (label, name, file_name)
-      for label, (name, file_names) in enumerate(files[split].items())
-      for file_name in file_names
-    ]
-
-  def __len__(self) -> int:
-    return len(self._files)
-
-  def __getitem__(self, index: SupportsIndex) -> Record:
-    label, class_name, file_name = self._files[index.__index__()]
-    record_id = f"{self._split}/{class_name}/{file_name}"
-    try:
-      content = (self._path / record_id).read_bytes()
-    except OSError as error:
-      raise BadRecordError(
-        record_id, f"the file cannot be read ({error})."
-      ) from error
-    return Record(
-      id=record_id,
-      media={"image": (content,)},
-      label=label,
-      user=self.user(index),
-    )
-
-  def user(self, index: SupportsIndex) -> str | None:
-    """Whose the picture is, from its name; see `Source`.
-
-    Raises:
-      ValueError: `user_pattern` does not match the file's name.
-    """
-    if not self._user_pattern:
-      return None
-    _, class_name, file_name = self._files[index.__index__()]
-    name = f"{class_name}/{file_name}"
-    found = re.fullmatch(self._user_pattern, name)
-    if found is None or not found.group(1):
-      checks.fail(
-        "config.data.user_pattern to find the user of every picture",
-        "A picture that belongs to nobody would be protected as nobody's.",
-        picture=f"{self._split}/{name}",
-        user_pattern=self._user_pattern,
-      )
-    return found.group(1)
-
-  @property
-  def description(self) -> str:
-    """The folder of the split."""
-    return f"image folder {self._path / self._split}"
-
-
-def _class_files(path: pathlib.Path, split: str) -> dict[str, list[str]]:
-  """Returns class name -> file names of one split, both sorted."""
-  folder = path / split
-  if not folder.is_dir():
-    checks.fail(
-      "a folder for each split",
-      f"Put {split} pictures in {folder}/<class name>/.",
-      missing=str(folder),
-    )
-  files = {}
-  for name in _visible_names(folder):
-    class_folder = folder / name
-    if not class_folder.is_dir():
-      continue
-    files[name] = [
-      file_name
-      for file_name in _visible_names(class_folder)
-      if (class_folder / file_name).is_file()
-    ]
-    if not files[name]:
-      checks.fail(
-        "at least one file in every class folder",
-        "Put pictures directly into it, or remove it.",
-        empty=str(class_folder),
-      )
-  if not files:
-    checks.fail(
-      f"at least one class folder in {folder}",
-      f"Put pictures in {folder}/<class name>/.",
-      classes=[],
-    )
-  return files
-
-
-def _visible_names(folder: pathlib.Path) -> list[str]:
-  """Returns the names in a folder without hidden ones, sorted by code point."""
-  return sorted(name for name in os.listdir(folder) if not name.startswith("."))

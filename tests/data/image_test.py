@@ -8,7 +8,7 @@ import sklearn.datasets
 from PIL import Image
 
 from ppnet import config as config_lib
-from ppnet.data import image, prepare, sources
+from ppnet.data import image, raw_media, sources
 from tests.data import conftest
 
 _PIXELS = np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3)
@@ -28,7 +28,7 @@ def _encode(pixels, **options) -> bytes:
 def test_every_digit_survives_png_exactly():
   levels = sklearn.datasets.load_digits().images
   for digit in levels:
-    content = image.encode_png(prepare.digit_to_pixels(digit))
+    content = image.encode_png(raw_media.digit_to_pixels(digit))
     decoded = _decode(content, size=8, channels=1)
     assert decoded.shape == (8, 8, 1)
     assert decoded.dtype == np.float32
@@ -37,7 +37,7 @@ def test_every_digit_survives_png_exactly():
       decoded[:, :, 0], digit / 16, atol=1 / 510 + 1e-6
     )
   assert levels.max() == 16
-  assert prepare.digit_to_pixels(np.array([0, 16])).tolist() == [0, 255]
+  assert raw_media.digit_to_pixels(np.array([0, 16])).tolist() == [0, 255]
 
 
 def test_rgb_and_grey_match_hand_formula():

@@ -16,7 +16,7 @@ import soundfile
 from PIL import Image
 
 from ppnet import config as config_lib
-from ppnet.data import audio, prepare, sources, text
+from ppnet.data import audio, catalogue, prepare, sources, text
 from tests.data import conftest
 
 _FILES = {
@@ -122,7 +122,7 @@ def test_second_run_touches_nothing(digits_dir, monkeypatch):
     raise AssertionError("prepared again")
 
   before = {path: path.stat().st_mtime_ns for path in digits_dir.iterdir()}
-  monkeypatch.setattr(prepare, "_prepare_digits", never)
+  monkeypatch.setattr(catalogue, "open_raw", never)
   config = config_lib.DataConfig(
     on_bad_record=config_lib.BadRecord.SKIP, cache=False, prepared_dir="else"
   )

@@ -8,7 +8,6 @@ import pytest
 from array_record.python import array_record_module
 
 from ppnet.data import sources
-from tests.data import conftest
 
 
 def _write_array_record(path, contents):
@@ -94,76 +93,3 @@ def test_bad_record_error_survives_pickling():
   assert "'r7'" in str(copy)
   assert "it is torn." in str(copy)
   assert copy.record_id == "r7"
-
-
-def test_folder_is_sorted_and_ignores_hidden_names(tmp_path):
-  conftest.write_folder(
-    tmp_path,
-    {
-      "train": {"dog": 1, "cat": 2, "Ape": 1},
-      "test": {n: 1 for n in ["cat", "dog", "Ape"]},
-    },
-  )
-  (tmp_path / "train" / ".git").mkdir()
-  (tmp_path / "train" / "notes.txt").write_text("not a class")
-  (tmp_path / "train" / "cat" / ".DS_Store").write_text("hidden")
-  (tmp_path / "train" / "cat" / "more").mkdir()
-  source = sources.ImageFolderSource(tmp_path, split="train")
-  assert source.class_names == ("Ape", "cat", "dog")
-  found = [source[i] for i in range(len(source))]
-  assert [(record.id, record.label) for record in found] == [
-    ("train/Ape/0.png", 0),
-    ("train/cat/0.png", 1),
-    ("train/cat/1.png", 1),
-    ("train/dog/0.png", 2),
-  ]
-  for record in found:
-    assert record.media["image"] == ((tmp_path / record.id).read_bytes(),)
-
-
-def _break_folder(path, fault):
-  """Breaks a good folder in one way; returns what the error must say."""
-  if fault == "missing":
-    return path / "nowhere", r"existing folder.*nowhere.*config\.data\.path"
-  if fault == "no test":
-    (path / "test").rename(path / "validation")
-    return path, "missing='.*/test'.*Put test pictures"
-  if fault == "no train":
-    (path / "train").rename(path / "validation")
-    return path, "missing='.*/train'"
-  if fault == "no class":
-    for folder in (path / "train").iterdir():
-      folder.rename(folder.with_name("." + folder.name))
-    return path, "at least one class folder in .*/train"
-  if fault == "empty class":
-    for file in (path / "test" / "cat").iterdir():
-      file.rename(file.with_name("." + file.name))
-    return path, "at least one file in every class.*empty='.*/test/cat'"
-  (path / "test" / "cat").rename(path / "test" / "fox")
-  return path, r"same classes.*only_in_train=\['cat'\].*only_in_test=\['fox'\]"
-
-
-@pytest.mark.parametrize(
-  "fault",
-  ["missing", "no test", "no train", "no class", "empty class", "differ"],
-)
-@pytest.mark.parametrize("split", sources.SPLITS)
-def test_folder_fault_is_named_with_its_remedy(tmp_path, fault, split):
-  both = {"cat": 1, "dog": 2}
-  conftest.write_folder(tmp_path, {"train": both, "test": both})
-  path, message = _break_folder(tmp_path, fault)
-  with pytest.raises(ValueError, match=message):
-    sources.ImageFolderSource(path, split=split)
-
-
-def test_vanished_file_is_a_bad_record(tmp_path):
-  conftest.write_folder(tmp_path, {"train": {"cat": 1}, "test": {"cat": 1}})
-  source = sources.ImageFolderSource(tmp_path, split="test")
-  (tmp_path / "test" / "cat" / "0.png").unlink()
-  with pytest.raises(sources.BadRecordError, match="test/cat/0.png"):
-    source[0]
-
-
-def test_unknown_split_is_refused(tmp_path):
-  with pytest.raises(ValueError, match="split='validation'"):
-    sources.ImageFolderSource(tmp_path, split="validation")
