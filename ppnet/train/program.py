@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh, NamedSharding
 
 from ppnet import config as config_lib
@@ -200,14 +201,7 @@ def build(
     ),
     **_noise_programs(mechanism, noise_shardings),
     update=jax.jit(
-      functools.partial(
-        step_lib.update,
-        mechanism=mechanism,
-        tx=tx,
-        learning_rate_fn=optimizer.schedule(
-          config.optimizer, config.train.num_steps
-        ),
-      ),
+      _update(config, mechanism, tx),
       donate_argnames=("state", "noise_state"),
       out_shardings=(shardings, noise_shardings, replicated),
     ),
@@ -253,6 +247,22 @@ def _host(mesh: Mesh, rules: rules_lib.Rules) -> pipeline.Host:
       of=parts,
     )
   return pipeline.Host(first=own[0], parts=len(own), of=parts)
+
+
+def _update(
+  config: config_lib.ExperimentConfig,
+  mechanism: mechanism_lib.Mechanism,
+  tx: optax.GradientTransformation,
+) -> Callable[..., Any]:
+  """`step.update` of this experiment."""
+  return functools.partial(
+    step_lib.update,
+    mechanism=mechanism,
+    tx=tx,
+    learning_rate_fn=optimizer.schedule(
+      config.optimizer, config.train.num_steps
+    ),
+  )
 
 
 def _fetched(mesh: Mesh) -> NamedSharding | None:
