@@ -14,6 +14,7 @@ another. What draws random numbers is in `augment_image`.
 
 import dataclasses
 import io
+import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -31,6 +32,8 @@ MAX_PIXELS = 1 << 26
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "PPM", "TIFF", "WEBP")
 # 16-bit grey, in Pillow's words. "I" is what Pillow before 10 calls it.
 _MODES_16_BIT = ("I;16", "I;16B", "I;16L", "I;16N")
+# Width and height of an 8-bit grey picture whose pixels follow.
+_PLAIN_PGM = re.compile(rb"P5 ([1-9]\d{0,4}) ([1-9]\d{0,4}) 255\n")
 _MIN_MAX = "min–max to [0, 1]"
 # Modes whose range no file format fixes, so min-max has no public range.
 _MODES_WITHOUT_RANGE = ("I", "F")
@@ -117,6 +120,9 @@ class Decode(grain.transforms.Map):
 
   def _decode(self, content: bytes) -> np.ndarray:
     """Returns [H, W, C], uint8 or float32 in [0, 1]."""
+    pixels = self._plain(content)
+    if pixels is not None:
+      return pixels if self.as_uint8 else pixels / np.float32(255)
     with Image.open(io.BytesIO(content), formats=FORMATS) as image:
       if image.width * image.height > MAX_PIXELS:  # Before any decompression.
         raise ValueError(
@@ -138,6 +144,23 @@ class Decode(grain.transforms.Map):
       if pixels.ndim == 2:
         pixels = pixels[:, :, None]
       return pixels if self.as_uint8 else pixels / np.float32(255)
+
+  def _plain(self, content: bytes) -> np.ndarray | None:
+    """Bytes that are already what is asked for, as PREPARE writes small ones.
+
+    A binary PGM without comments; Pillow would take ten times as long.
+    """
+    found = _PLAIN_PGM.match(content) if self.image_channels == 1 else None
+    if found is None:
+      return None
+    width, height = int(found[1]), int(found[2])
+    if len(content) != found.end() + width * height or (
+      self.image_size is not None
+      and (height, width) != (self.image_size, self.image_size)
+    ):
+      return None
+    pixels = np.frombuffer(content, np.uint8, offset=found.end())
+    return pixels.reshape(height, width, 1)
 
 
 def _resized(image: Image.Image, size: int | None) -> np.ndarray:

@@ -166,3 +166,20 @@ def test_transforms_match_hand_normalisation():
 def test_invalid_setting_is_named(field):
   with pytest.raises(ValueError, match=next(iter(field))):
     image.transforms(config_lib.DataConfig(**field))
+
+
+@pytest.mark.parametrize("as_uint8", [False, True])
+@pytest.mark.parametrize("size", [None, 5, 6])
+def test_plain_pgm_is_what_pillow_reads(as_uint8, size):
+  rng = np.random.default_rng(0)
+  pixels = rng.integers(0, 256, (5, 5), np.uint8)
+  pixels[0, 0] = ord("#")  # Where a comment could begin.
+  content = b"P5 5 5 255\n" + pixels.tobytes()
+  decode = image.Decode(image_size=size, image_channels=1, as_uint8=as_uint8)
+  plain = decode.map({"id": "a", "image": content})["image"]
+  other = decode.map({"id": "a", "image": content.replace(b" ", b"\n", 1)})
+  np.testing.assert_array_equal(plain, other["image"])
+  assert plain.dtype == other["image"].dtype
+  for cut in (content[:-1], content[:8], b"P5 0 5 255\n"):
+    with pytest.raises(sources.BadRecordError):
+      decode.map({"id": "a", "image": cut})
