@@ -157,6 +157,7 @@ class BenchSubject(enum.Enum):
   """What a BENCHMARK job measures."""
 
   ENGINES = "engines"  # The clipped sum, by each engine and by other libraries.
+  PIPELINE = "pipeline"  # Records per second of the data pipelines.
   ATTENTION = "attention"  # Attention with noise, by kernels and reference.
 
 

@@ -31,13 +31,21 @@ from ppnet import config as config_lib
 from ppnet import config_args, sweep
 from ppnet.audit import run as audit
 from ppnet.bench import attention, engines
+from ppnet.bench import pipeline as pipeline_bench
 from ppnet.core import checks, hosts, prng, records, workdirs
 from ppnet.data import layout, prepare, text, tokenizers
 from ppnet.models import generate, hf, lora, multimodal
 from ppnet.privacy import budget, input_privacy, ledger
 from ppnet.report import attention as attention_figures
 from ppnet.report import budget as budget_figures
-from ppnet.report import compiled, figures, ratios, tables
+from ppnet.report import (
+  compiled,
+  figures,
+  pipelines,
+  ratios,
+  tables,
+  throughput,
+)
 from ppnet.train import attention_maps, compile_only, loop, preemption
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -186,9 +194,20 @@ def benchmark(
 ) -> None:
   """Measures what `config.bench` asks for, then prints table and figure."""
   record = _BENCHMARKS[config.bench.subject](config, workdir)
-  figure = ratios.write(workdir)
-  print(f"\n{ratios.bench_table(record)}\n\nrecords: {workdir}")
+  if config.bench.subject is config_lib.BenchSubject.PIPELINE:
+    figure, shown = throughput.write(workdir), throughput.table(record)
+  else:
+    figure, shown = ratios.write(workdir), ratios.bench_table(record)
+  print(f"\n{shown}\n\nrecords: {workdir}")
   print(f"figure:  {figure}")
+
+
+def table(config: config_lib.ExperimentConfig, workdir: pathlib.Path) -> None:
+  """Tells what the experiment's pipelines do: table and pictures."""
+  folder = loop.prepared_dir(config, workdir)
+  prepare.prepare(config.data, folder)
+  print(pipelines.write(config, folder, workdir))
+  print(f"\nrecords: {workdir}\nfigures: {workdir / 'figures'}")
 
 
 def compile_ahead(
@@ -222,6 +241,7 @@ def compile_ahead(
 _BENCHMARKS = {
   config_lib.BenchSubject.ENGINES: engines.run,
   config_lib.BenchSubject.ATTENTION: attention.run,
+  config_lib.BenchSubject.PIPELINE: pipeline_bench.run,
 }
 
 
@@ -345,6 +365,7 @@ _JOBS = {
   config_lib.Job.BENCHMARK: benchmark,
   config_lib.Job.GENERATE: generate_text,
   config_lib.Job.COMPILE: compile_ahead,
+  config_lib.Job.TABLE: table,
 }
 
 

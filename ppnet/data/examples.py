@@ -150,6 +150,11 @@ class Examples:
     self._lengths: dict[int, int] = {}
     self.bad_records = BadRecords()
 
+  @property
+  def chains(self) -> dict[str, Chain]:
+    """The transformations of each modality."""
+    return dict(self._chains)
+
   def __getstate__(self):
     # Another process fills its own cache and meets its own bad records.
     state = dict(self.__dict__)
