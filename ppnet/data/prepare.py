@@ -51,8 +51,8 @@ _FIELDS_THAT_MAY_DIFFER = (
 )
 # Nor do these, once a folder is whole.
 _FIELDS_OF_UNFINISHED = ("on_bad_record", "records_per_shard")
-# What turns stored pictures and recordings into arrays: only these sources
-# write something that depends on it.
+# What turns stored pictures into arrays. Only DIGITS and measured statistics
+# depend on it.
 _FIELDS_OF_PICTURES = (
   "image_size",
   "image_channels",

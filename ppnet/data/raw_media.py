@@ -107,7 +107,8 @@ class ClassFolder(raw.RawDataset):
   Classes are the folder names in sorted order, and records are sorted by class
   and file name, so positions are the same on every machine. Names that start
   with a dot are ignored, and so are folders inside a class folder and every
-  other split (`validation/`). A folder is read in place; a zip is copied.
+  other split (`validation/`). A folder is read in place; a zip is copied, and
+  may have one folder around everything.
 
   Where there is no `train/` but a `testing_list.txt`, as Speech Commands has
   it, classes are the folders beside it (but those whose name starts with "_"),
@@ -135,6 +136,13 @@ class ClassFolder(raw.RawDataset):
     self.origin = f"{self._path.resolve()}, {how}."
     names = self._files.names()
     top = {name.split("/")[0] for name in names}
+    self._inside = ""
+    is_wrapped = len(top) == 1 and not top & {*sources.SPLITS, *names}
+    if is_wrapped and not self.in_place:
+      # A zip of a folder often has that folder's name before every other.
+      self._inside = f"{top.pop()}/"
+      names = tuple(name.removeprefix(self._inside) for name in names)
+      top = {name.split("/")[0] for name in names}
     if "testing_list.txt" in top and "train" not in top:
       by_split = self._listed(names)
     else:
@@ -201,7 +209,7 @@ class ClassFolder(raw.RawDataset):
   def _listed(self, names: Sequence[str]) -> dict[str, dict[str, list[str]]]:
     """Split -> class -> names, of a set that lists its test files."""
     lists = {
-      name: set(self._files.read(name).decode().split())
+      name: set(self._files.read(self._inside + name).decode().split())
       for name in ("testing_list.txt", "validation_list.txt")
       if name in names
     }
@@ -245,7 +253,7 @@ class ClassFolder(raw.RawDataset):
     """See `RawDataset`."""
     label, name = self._names[split][index]
     try:
-      content = self._files.read(name)
+      content = self._files.read(self._inside + name)
     except archives.UnreadableError as error:
       raise sources.BadRecordError(name, str(error)) from error
     return sources.Record(

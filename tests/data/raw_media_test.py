@@ -49,13 +49,17 @@ def test_folder_is_sorted_and_ignores_hidden_names(tmp_path):
     assert record.media["image"] == ((tmp_path / record.id).read_bytes(),)
 
 
-def test_zip_of_a_folder_gives_the_same_records(tmp_path):
+@pytest.mark.parametrize("around", ["", "pets/"])
+def test_zip_of_a_folder_gives_the_same_records(tmp_path, around):
   both = {"cat": 2, "dog": 1}
   conftest.write_folder(tmp_path / "pets", {"train": both, "test": both})
   names = sorted(p for p in (tmp_path / "pets").rglob("*") if p.is_file())
   path = raw_tools.zip_of(
     tmp_path / "pets.zip",
-    {str(p.relative_to(tmp_path / "pets")): p.read_bytes() for p in names},
+    {
+      around + str(p.relative_to(tmp_path / "pets")): p.read_bytes()
+      for p in names
+    },
   )
   inside, outside = (
     open_raw(_FOLDER, path),
