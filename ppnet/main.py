@@ -421,7 +421,7 @@ def _plan(experiment: loop.Experiment) -> str:
       f" (probability {mechanism.sampling_prob:.4g})",
       "engine: "
       + (f"{engine.engine.name} ({engine.why})" if engine else "no clipping"),
-      f"guarantee: {claim['guarantee']}",
+      " ".join(["guarantee:", claim["guarantee"], *experiment.card.uncovered]),
     ]
     + _input_guarantee(config)
   )

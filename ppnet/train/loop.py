@@ -99,7 +99,10 @@ class Experiment:
       | {
         "epsilon": self.mechanism.epsilon_after(charged_steps),
         # Of the charged steps: a restart may have made them more than planned.
-        "guarantee": self.mechanism.guarantee(charged_steps),
+        # What the data's preparation gave away is said with it.
+        "guarantee": " ".join(
+          [self.mechanism.guarantee(charged_steps), *self.card.uncovered]
+        ),
         "seeded": claim["sampler_seeded"] or claim["noise_seeded"],
       }
     )
