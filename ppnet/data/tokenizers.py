@@ -97,8 +97,8 @@ class ByteTokenizer:
 
   def encode(self, text: str) -> list[int]:
     """Returns an id per byte."""
-    first = self._first_byte
-    return [first + byte for byte in text.encode()]
+    content = np.frombuffer(text.encode(), np.uint8)
+    return (content.astype(np.int32) + self._first_byte).tolist()
 
   def decode(self, ids: Iterable[int]) -> str:
     """Returns the text; bytes that are no UTF-8 become U+FFFD.
