@@ -35,10 +35,12 @@ def table(record: Mapping[str, Any]) -> str:
   for case, rows in _cases(record).items():
     facts = record["cases"][case]
     share = facts["others_cpu_share"]
+    # Workers are processes of their own, so they count among the others.
     busy = (
       ""
-      if facts["is_quiet"]
-      else f" PROVISIONAL: others had {share:.0%} of the processor."
+      if share is None
+      else f" Other processes, the workers among them, had {share:.0%} of the"
+      " processor."
     )
     parts.append(
       f"{facts['title']}. Goal {facts['goal_examples_per_sec']:,.0f} records/s;"
