@@ -210,6 +210,7 @@ def headline(data: TrainingData) -> str:
     ("accuracy", "accuracy"),
     ("f1", "macro F1"),
     ("auc_roc", "AUC-ROC"),
+    ("bits_per_byte", "bits per byte"),
   ):
     value = tables.to_float(data.summary.get(name))
     if math.isnan(value):
@@ -363,6 +364,19 @@ def _draw_scores(ax: axes.Axes, data: TrainingData) -> None:
       # In the legend: two scores that agree would write over each other.
       label=f"{label}, final {series.final:.3f}",
     )
+  bits = data.test.get("bits_per_byte", _EMPTY)
+  if not drawn and not bits.is_empty:
+    _line(
+      ax,
+      bits,
+      color=BLUE,
+      marker="o",
+      markersize=4,
+      label=f"bits per byte, final {bits.final:.3f}",
+    )
+    ax.set_ylabel("bits per byte")
+    ax.legend(loc="best")
+    return
   if not drawn:
     _say(ax, "No evaluation was recorded.")
     return

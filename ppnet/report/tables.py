@@ -38,6 +38,8 @@ _LABELS = {
   "accuracy": "accuracy",
   "f1": "macro F1",
   "auc_roc": "AUC-ROC",
+  "bits_per_byte": "bits per byte",
+  "perplexity": "perplexity (per token)",
   "epsilon": "ε",
   "delta": "δ",
   "noise_multiplier": "noise multiplier",
@@ -45,6 +47,9 @@ _LABELS = {
   "nonprivate/clipped_fraction": "clipped fraction †",
   "leakage": "leakage (membership advantage) †",
 }
+# A run has those of its task: of classes, or of words.
+_CLASS_SCORES = ("accuracy", "f1", "auc_roc")
+_WORD_SCORES = ("bits_per_byte", "perplexity")
 _NONPRIVATE_NOTE = (
   "† Computed exactly from private data; not covered by the guarantee."
 )
@@ -134,7 +139,7 @@ def format_value(name: str, value: object) -> str:
     return "∞" if number > 0 else "-∞"
   if field == "delta":
     return format_delta(number)
-  if field in ("accuracy", "f1", "auc_roc", "leakage"):
+  if field in ("accuracy", "f1", "auc_roc", "leakage", "bits_per_byte"):
     return f"{number:.4f}"
   if field == "clipped_fraction":
     return f"{number:.1%}"
@@ -158,8 +163,12 @@ def summary_table(summary: Mapping[str, object]) -> str:
   has_guarantee = math.isfinite(to_float(summary.get("epsilon")))
   lines = []
   pairs = []
+  has_words = any(name in summary for name in _WORD_SCORES)
+  absent = _CLASS_SCORES if has_words else _WORD_SCORES
   for name, label in _LABELS.items():
     value = summary.get(name)
+    if value is None and name in absent:
+      continue
     if value is None and name in ("leakage", "nonprivate/clipped_fraction"):
       continue
     text = format_value(name, value)

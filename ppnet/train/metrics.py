@@ -196,7 +196,12 @@ class Writer:
     """One row with "split" and "step"; numbers also go to TensorBoard."""
     self._log.append(row)
     for name, value in row.items():
-      if isinstance(value, int | float) and name not in ("step",):
+      # TensorBoard knows no infinity, and warns of each.
+      if (
+        isinstance(value, int | float)
+        and name != "step"
+        and math.isfinite(value)
+      ):
         self._board.add_scalar(f"{row['split']}/{name}", value, row["step"])
 
   def flush(self) -> None:

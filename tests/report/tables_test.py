@@ -146,3 +146,11 @@ def test_report_runs_without_jax():
     "sys.exit('jax' in sys.modules)"
   )
   subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_scores_are_those_of_the_task():
+  words = tables.summary_table({"bits_per_byte": 2.5, "perplexity": 12.0})
+  assert "bits per byte" in words
+  assert "2.5000" in words
+  assert "accuracy" not in words
+  assert "bits per byte" not in tables.summary_table({"accuracy": 0.5})
