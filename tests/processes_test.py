@@ -163,6 +163,7 @@ def test_a_killed_process_ends_the_job_and_others_go_on_from_it(
   assert records.read_json(ledger)["charged_steps"] == 60
 
 
+@pytest.mark.slow
 def test_jobs_of_one_process_say_so(tmp_path):
   codes, outputs = finish(start(tmp_path, "--config.job=BENCHMARK", count=2))
   assert 0 not in codes

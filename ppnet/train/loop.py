@@ -33,6 +33,13 @@ from ppnet.train import program as program_lib
 from ppnet.train import state as state_lib
 
 
+_NO_GUARANTEE_OF_ATTENTION_NOISE = (
+  "None. Attention noise is a regulariser: under a causal mask the first token"
+  " attends to itself alone and never sees it, and values and residuals pass"
+  " without noise."
+)
+
+
 class NonFiniteError(RuntimeError):
   """Training produced infinities or NaNs and cannot go on."""
 
@@ -79,6 +86,11 @@ class Experiment:
     of_inputs = (
       {} if cut.layer is None else {"private_cut": input_privacy.claim(cut)}
     )
+    if self.config.attention_noise.stddev:
+      of_inputs["attention_noise"] = {
+        "stddev": self.config.attention_noise.stddev,
+        "guarantee": _NO_GUARANTEE_OF_ATTENTION_NOISE,
+      }
     return (
       of_inputs
       | {

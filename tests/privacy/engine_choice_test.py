@@ -67,13 +67,20 @@ BF16 = config.ComputeDtype.BFLOAT16
     ({}, config.Engine.BOOKKEEPING, "take their places", 1e-5),
     ({"remat": True}, config.Engine.GHOST, "computed again", 1e-5),
     # 16 tokens of 3 rows against 3 copies of wider weights, and the reverse.
-    (
+    pytest.param(
       {"remat": True, "compute_dtype": BF16, "mlp_dim": 200},
       config.Engine.BOOKKEEPING,
       "lower precision",
       2e-2,
+      marks=pytest.mark.slow,
     ),
-    ({"compute_dtype": BF16}, config.Engine.BOOKKEEPING, "places", 2e-2),
+    pytest.param(
+      {"compute_dtype": BF16},
+      config.Engine.BOOKKEEPING,
+      "places",
+      2e-2,
+      marks=pytest.mark.slow,
+    ),
   ],
 )
 def test_the_choice_follows_the_model(changes, engine, why, tolerance):

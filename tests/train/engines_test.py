@@ -4,6 +4,7 @@ import io
 
 import jax
 import numpy as np
+import pytest
 
 from ppnet import config as config_lib
 from ppnet.core import records
@@ -12,6 +13,7 @@ from ppnet.train import loop
 from tests import tiny
 
 
+@pytest.mark.slow
 def test_every_engine_trains_the_same_parameters(tmp_path):
   prepare.prepare(tiny.experiment().data, tmp_path / "prepared")
   trained = {}

@@ -45,7 +45,9 @@ def _experiment(folder, **changes):
   return config
 
 
-@pytest.mark.parametrize("unit", ["EXAMPLE", "PACKED_ROW"])
+@pytest.mark.parametrize(
+  "unit", [pytest.param("EXAMPLE", marks=pytest.mark.slow), "PACKED_ROW"]
+)
 def test_a_run_on_texts_reports_bits_per_byte_and_its_unit(tmp_path, unit):
   config = _experiment(
     tmp_path,

@@ -65,6 +65,7 @@ def test_a_run_writes_its_records(uninterrupted):
   assert summary["status"] == "complete"
   assert 0 < summary["epsilon"] <= 1.0
   assert summary["seeded"]
+  assert summary["attention_noise"]["guarantee"].startswith("None.")
   assert {"accuracy", "f1", "auc_roc", "delta", "noise_multiplier"} <= set(
     summary
   )
@@ -97,7 +98,14 @@ def interrupted_at(workdir, prepared, monkeypatch, *, dispatch, **changes):
       loop.train(experiment, log=io.StringIO())
 
 
-@pytest.mark.parametrize("dispatch", [0, 3, 5])
+@pytest.mark.parametrize(
+  "dispatch",
+  [
+    pytest.param(0, marks=pytest.mark.slow),
+    3,
+    pytest.param(5, marks=pytest.mark.slow),
+  ],
+)
 def test_a_resumed_seeded_run_equals_an_uninterrupted_one_bit_for_bit(
   uninterrupted, prepared, tmp_path, monkeypatch, dispatch
 ):
@@ -178,6 +186,7 @@ def test_banded_noise_does_not_depend_on_the_mesh(
   np.testing.assert_allclose(flat(many), flat(one), rtol=2e-3, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_an_unseeded_banded_resume_begins_a_new_turn_and_pays_for_it(
   prepared, tmp_path, monkeypatch
 ):
@@ -298,8 +307,10 @@ def test_a_diverging_run_stops_and_saves_nothing_of_it(prepared, tmp_path):
   "changes",
   [
     {"enabled": False},
-    {"noise": False},
-    {"clipping": config_lib.Clipping.NONE},
+    pytest.param({"noise": False}, marks=pytest.mark.slow),
+    pytest.param(
+      {"clipping": config_lib.Clipping.NONE}, marks=pytest.mark.slow
+    ),
     {"clipping": config_lib.Clipping.BATCH},
   ],
 )
@@ -339,6 +350,7 @@ def image_run(tmp_path, **data):
   return loop.train(experiment, log=io.StringIO())
 
 
+@pytest.mark.slow
 def test_a_folder_of_images_trains_without_sound(tmp_path):
   write_images(tmp_path / "images")
   summary, _ = image_run(tmp_path)
@@ -376,7 +388,14 @@ def _flip_a_bit(workdir, step, rng):
   path.write_bytes(content)
 
 
-@pytest.mark.parametrize("damage", ["bit", "cut", "gone"])
+@pytest.mark.parametrize(
+  "damage",
+  [
+    "bit",
+    pytest.param("cut", marks=pytest.mark.slow),
+    pytest.param("gone", marks=pytest.mark.slow),
+  ],
+)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
   uninterrupted, prepared, tmp_path, monkeypatch, damage, caplog
 ):

@@ -12,7 +12,9 @@ from ppnet.train import loop
 from tests import tiny
 
 
-@pytest.mark.parametrize("seed", [None, 5])
+@pytest.mark.parametrize(
+  "seed", [None, pytest.param(5, marks=pytest.mark.slow)]
+)
 def test_a_run_claims_its_cut_and_never_repeats_a_draw(tmp_path, seed):
   config = tiny.experiment(num_steps=1, eval_every_steps=1)
   config.model.private_cut = config_lib.PrivateCutConfig(
