@@ -32,7 +32,6 @@ from ppnet.train import checkpoint, metrics, preemption
 from ppnet.train import program as program_lib
 from ppnet.train import state as state_lib
 
-
 _NO_GUARANTEE_OF_ATTENTION_NOISE = (
   "None. Attention noise is a regulariser: under a causal mask the first token"
   " attends to itself alone and never sees it, and values and residuals pass"
