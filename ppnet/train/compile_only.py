@@ -334,7 +334,7 @@ def matmul_flops(jaxpr: jex_core.Jaxpr) -> tuple[int, int] | None:
   | loop of unknown length, with products in it | None for the whole |
 
   >>> square = lambda x: jax.lax.scan(lambda c, _: (c @ c, None), x, length=5)
-  >>> matmul_flops(jax.make_jaxpr(square)(jnp.ones((3, 3))).jaxpr)
+  >>> matmul_flops(jax.make_jaxpr(square)(np.ones((3, 3))).jaxpr)
   (270, 270)
 
   Returns:

@@ -252,7 +252,8 @@ def test_no_key_reaches_a_checkpoint(uninterrupted, prepared):
   state, position = loop.restore(experiment)
   for leaf in jax.tree.leaves(state):
     assert leaf.dtype in (np.float32, np.int32)
-  assert set(position) == {"data", "sampler", "charged_steps"}
+  assert set(position) == {"data", "sampler", "charged_steps", "fingerprint"}
+  assert position["data"] == {"next_step": 6}
   # Fails if: a noise key is part of what is saved.
 
 
