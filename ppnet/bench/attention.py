@@ -19,7 +19,7 @@ import tqdm
 
 from ppnet import config as config_lib
 from ppnet.bench import measure
-from ppnet.core import checks, prng, records
+from ppnet.core import prng, records
 from ppnet.kernels import noisy_attention
 
 _RECORD = "bench.json"
@@ -70,12 +70,7 @@ def parse_cases(names: str) -> list[Case]:
   """
   if names == "default":
     names = "tiny" if jax.default_backend() == "cpu" else "7b"
-  unknown = [name for name in names.split(",") if name not in _CASES]
-  if unknown:
-    checks.fail(
-      f"bench.cases among default, {', '.join(_CASES)}", unknown=unknown
-    )
-  return [_CASES[name] for name in names.split(",")]
+  return measure.named(names, _CASES, also=["default"])
 
 
 def run(

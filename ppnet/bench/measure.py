@@ -109,6 +109,22 @@ def compile_program(fn: Callable[..., Any], *args: Any) -> Program:
   )
 
 
+def named(
+  names: str, known: Mapping[str, Any], *, also: Sequence[str] = ()
+) -> list[Any]:
+  """The cases of `known` that `bench.cases` names, commas between them.
+
+  Raises:
+    ValueError: unknown names; `also` has further ones that are understood.
+  """
+  unknown = [name for name in names.split(",") if name not in known]
+  if unknown:
+    checks.fail(
+      f"bench.cases among {', '.join([*also, *known])}", unknown=unknown
+    )
+  return [known[name] for name in names.split(",")]
+
+
 def order(names: Sequence[str], round_number: int) -> list[str]:
   """The order of one round: one further each time, and back in odd rounds.
 

@@ -134,10 +134,7 @@ def parse_cases(names: str) -> list[Case]:
   """
   if names in ("own", "default"):
     return list(_CASES.values())
-  unknown = [name for name in names.split(",") if name not in _CASES]
-  if unknown:
-    checks.fail(f"bench.cases among {', '.join(_CASES)}", unknown=unknown)
-  return [_CASES[name] for name in names.split(",")]
+  return measure.named(names, _CASES)
 
 
 def run(

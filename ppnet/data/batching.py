@@ -87,29 +87,3 @@ def stack(
         )
       batch[name][row] = value
   return batch
-
-
-def num_microbatches(num_examples: int, microbatch_size: int) -> int:
-  """Returns ceil(num_examples / microbatch_size)."""
-  return -(-num_examples // microbatch_size)
-
-
-def microbatches(
-  examples: Sequence[Example], *, microbatch_size: int, template: Example
-) -> Batch:
-  """Cuts examples into microbatches of one shape; the last one is padded.
-
-  Args:
-    examples: any number of examples, none included.
-    microbatch_size: rows of one microbatch.
-    template: any example.
-
-  Returns:
-    Arrays [M, microbatch_size, ...] with M = ceil(n / microbatch_size).
-  """
-  count = num_microbatches(len(examples), microbatch_size)
-  batch = stack(examples, size=count * microbatch_size, template=template)
-  return {
-    name: array.reshape(count, microbatch_size, *array.shape[1:])
-    for name, array in batch.items()
-  }

@@ -5,7 +5,6 @@ and their difference; columns: heads. In each, a row is a query and a column is
 a token that it attends to.
 """
 
-import io
 import pathlib
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ import numpy as np
 from matplotlib import axes, figure, layout_engine
 
 from ppnet.core import records
+from ppnet.report import saving
 
 _MAX_LABELS = 24  # More would overlap.
 _NOTE = (
@@ -109,11 +109,4 @@ def attention_figure(workdir: pathlib.Path) -> pathlib.Path:
   """
   workdir = pathlib.Path(workdir)
   fig = draw(records.read_json(workdir / "attention.json"))
-  folder = workdir / "figures"
-  folder.mkdir(exist_ok=True)
-  # Without the date, the same record gives the same file.
-  for suffix, metadata in (("pdf", {"CreationDate": None}), ("png", {})):
-    content = io.BytesIO()
-    fig.savefig(content, format=suffix, dpi=150, metadata=metadata)
-    records.write_bytes(folder / f"attention.{suffix}", content.getvalue())
-  return folder / "attention.png"
+  return saving.save(fig, workdir / "figures" / "attention")

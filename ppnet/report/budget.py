@@ -1,14 +1,12 @@
 """The figure of an ACCOUNT job: epsilon over steps, noise over epsilon."""
 
-import io
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from matplotlib import axes, figure, layout_engine, ticker
 
-from ppnet.core import records
-from ppnet.report import figures, tables
+from ppnet.report import figures, saving, tables
 
 _MARKERS = {"PLD": "o", "RDP": "s"}
 _LINES = {"ADD_OR_REMOVE_ONE": "-", "REPLACE_ONE": "--"}
@@ -150,11 +148,4 @@ def budget_figure(
     The path of the PNG file.
   """
   fig = draw(budget)
-  folder = pathlib.Path(workdir) / "figures"
-  folder.mkdir(exist_ok=True)
-  # Without the date, the same record gives the same file.
-  for suffix, metadata in (("pdf", {"CreationDate": None}), ("png", {})):
-    content = io.BytesIO()
-    fig.savefig(content, format=suffix, dpi=150, metadata=metadata)
-    records.write_bytes(folder / f"budget.{suffix}", content.getvalue())
-  return folder / "budget.png"
+  return saving.save(fig, pathlib.Path(workdir) / "figures" / "budget")

@@ -7,7 +7,6 @@ does not cover them, and the figure says so.
 """
 
 import dataclasses
-import io
 import math
 import pathlib
 import textwrap
@@ -18,7 +17,7 @@ import numpy as np
 from matplotlib import axes, figure, layout_engine, ticker
 
 from ppnet.core import records
-from ppnet.report import tables
+from ppnet.report import saving, tables
 
 # Okabe and Ito 2008 (https://jfly.uni-koeln.de/color/): told apart by people
 # with any colour vision. Line styles differ as well, for print in grey.
@@ -566,11 +565,4 @@ def training_figure(workdir: pathlib.Path) -> pathlib.Path:
   """
   workdir = pathlib.Path(workdir)
   fig = draw(read(workdir))
-  folder = workdir / "figures"
-  folder.mkdir(exist_ok=True)
-  # Without the date, the same records give the same file.
-  for suffix, metadata in (("pdf", {"CreationDate": None}), ("png", {})):
-    content = io.BytesIO()
-    fig.savefig(content, format=suffix, dpi=150, metadata=metadata)
-    records.write_bytes(folder / f"training.{suffix}", content.getvalue())
-  return folder / "training.png"
+  return saving.save(fig, workdir / "figures" / "training")

@@ -6,7 +6,6 @@ is as private as the record; it says so.
 """
 
 import dataclasses
-import io
 import math
 import pathlib
 import textwrap
@@ -16,10 +15,10 @@ from typing import Any
 import numpy as np
 from matplotlib import axes, figure, font_manager, layout_engine, ticker
 
-from ppnet.core import checks, records
+from ppnet.core import checks
 from ppnet.data import audio, image, text
 from ppnet.data import stages as stages_lib
-from ppnet.report import figures, tables
+from ppnet.report import figures, saving, tables
 
 _GREY = "#666666"
 _NOTE = (
@@ -104,16 +103,7 @@ def write(
   fig = draw(
     transforms, element, modality=modality, seed=seed, num_views=num_views
   )
-  stem = pathlib.Path(path_stem)
-  stem.parent.mkdir(parents=True, exist_ok=True)
-  # Without the date, the same record gives the same file.
-  for suffix, metadata in (("pdf", {"CreationDate": None}), ("png", {})):
-    content = io.BytesIO()
-    fig.savefig(content, format=suffix, dpi=150, metadata=metadata)
-    records.write_bytes(
-      stem.with_name(f"{stem.name}.{suffix}"), content.getvalue()
-    )
-  return stem.with_name(f"{stem.name}.png")
+  return saving.save(fig, pathlib.Path(path_stem))
 
 
 def _new_figure(width: float, height: float) -> figure.Figure:

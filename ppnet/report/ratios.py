@@ -5,7 +5,6 @@ could not be measured is a hole with its reason, never left out.
 """
 
 import dataclasses
-import io
 import pathlib
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ import numpy as np
 from matplotlib import axes, figure, layout_engine, lines, ticker
 
 from ppnet.core import checks, records
-from ppnet.report import tables
+from ppnet.report import saving, tables
 
 _HEADERS = (
   "row",
@@ -427,11 +426,5 @@ def write(workdir: pathlib.Path) -> pathlib.Path:
   records.write_bytes(
     workdir / "bench.md", bench_markdown(record).encode("utf-8")
   )
-  fig, folder = draw(record), workdir / "figures"
-  folder.mkdir(exist_ok=True)
   name = _SUBJECTS[record["subject"]].file
-  for suffix, metadata in (("pdf", {"CreationDate": None}), ("png", {})):
-    content = io.BytesIO()
-    fig.savefig(content, format=suffix, dpi=150, metadata=metadata)
-    records.write_bytes(folder / f"{name}.{suffix}", content.getvalue())
-  return folder / f"{name}.png"
+  return saving.save(draw(record), workdir / "figures" / name)

@@ -1,6 +1,5 @@
 """The table and the figure of a pipeline benchmark, from its `bench.json`."""
 
-import io
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from matplotlib import figure, layout_engine
 
 from ppnet.core import checks, records
-from ppnet.report import figures, tables
+from ppnet.report import figures, saving, tables
 
 _VERDICTS = {None: tables.HOLE, True: "met", False: "missed"}
 _PEER = "#999999"
@@ -128,11 +127,4 @@ def write(workdir: pathlib.Path) -> pathlib.Path:
   workdir = pathlib.Path(workdir)
   record = records.read_json(workdir / "bench.json")
   records.write_bytes(workdir / "bench.md", (table(record) + "\n").encode())
-  folder = workdir / "figures"
-  folder.mkdir(exist_ok=True)
-  fig = draw(record)
-  for suffix, metadata in (("pdf", {"CreationDate": None}), ("png", {})):
-    content = io.BytesIO()
-    fig.savefig(content, format=suffix, dpi=150, metadata=metadata)
-    records.write_bytes(folder / f"pipeline.{suffix}", content.getvalue())
-  return folder / "pipeline.png"
+  return saving.save(draw(record), workdir / "figures" / "pipeline")

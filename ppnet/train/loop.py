@@ -188,7 +188,11 @@ def open_experiment(
       config.data, on_bad_record=config_lib.BadRecord.SKIP, cache=False
     ),
   )
-  example = pipeline.training_examples(probe, folder)[0]
+  example = (
+    training[0]  # Its texts were read already, to lay them out.
+    if config.privacy.unit is config_lib.PrivacyUnit.PACKED_ROW
+    else pipeline.examples(probe, folder, split="train")[0]
+  )
   tokenizer = tokenizers.load(config.data, folder, class_names=card.class_names)
   return Experiment(
     config=config,

@@ -1,9 +1,7 @@
 """Tests of ppnet.data.batching."""
 
-import hypothesis
 import numpy as np
 import pytest
-from hypothesis import strategies as st
 
 from ppnet.data import batching
 
@@ -37,22 +35,6 @@ def test_stack_matches_numpy_stack():
   assert batch["is_padding_example"].tolist() == [False] * 3 + [True] * 2
   assert not batch["x"][3:].any()
   assert batch["index"].tolist() == [0, 1, 2, -1, -1]
-
-
-@hypothesis.settings(derandomize=True, deadline=None)
-@hypothesis.given(count=st.integers(0, 23), size=st.integers(1, 7))
-def test_microbatches_hold_every_example_once_in_order(count, size):
-  batch = batching.microbatches(
-    [_example(i) for i in range(count)],
-    microbatch_size=size,
-    template=_example(0),
-  )
-  rows = -(-count // size)
-  assert batch["x"].shape == (rows, size, 2, 3)
-  real = ~batch["is_padding_example"]
-  assert batch["index"][real].tolist() == list(range(count))
-  assert real.reshape(-1)[:count].all()  # Padding only at the very end.
-  # Fails if: the tail is dropped, or padding is taken for examples.
 
 
 def test_too_many_examples_are_refused_not_truncated():

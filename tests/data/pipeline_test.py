@@ -13,33 +13,9 @@ from array_record.python import array_record_module
 from ppnet import config as config_lib
 from ppnet.data import audio, pipeline, prepare, sources, text
 from ppnet.data import examples as examples_lib
-from tests.data import conftest
+from tests.data import conftest, tiny_examples
 
 _PETS = {"train": {"cat": 3, "dog": 4}, "test": {"cat": 2, "dog": 1}}
-
-
-def _steps(dataset, draw, **options):
-  options = {
-    "num_steps": 5,
-    "microbatch_size": 4,
-    "num_threads": 2,
-    "prefetch_steps": 3,
-    **options,
-  }
-  return pipeline.train_steps(dataset, draw=draw, **options)
-
-
-def _assert_equal(ours, theirs):
-  assert ours.keys() == theirs.keys()
-  for name, value in ours.items():
-    if isinstance(value, dict):
-      _assert_equal(value, theirs[name])
-    elif isinstance(value, list):
-      for mine, other in zip(value, theirs[name], strict=True):
-        _assert_equal(mine, other)
-    else:
-      np.testing.assert_array_equal(value, theirs[name])
-      assert np.asarray(value).dtype == np.asarray(theirs[name]).dtype
 
 
 @pytest.fixture
@@ -189,7 +165,7 @@ def test_cached_and_uncached_examples_are_equal(digits_dir):
   config.data.cache = False
   uncached = pipeline.examples(config, digits_dir, split="test")
   for position in (2, 2, 11):
-    _assert_equal(cached[position], uncached[position])
+    tiny_examples.assert_equal(cached[position], uncached[position])
 
 
 @pytest.mark.parametrize("cache", [True, False])
@@ -200,7 +176,7 @@ def test_second_visit_reads_nothing_only_if_cached(pets, cache):
   first = dataset[0]
   (prepared_dir.parent / "pets" / "train" / "cat" / "0.png").unlink()
   if cache:
-    _assert_equal(dataset[0], first)
+    tiny_examples.assert_equal(dataset[0], first)
   else:
     with pytest.raises(sources.BadRecordError, match="cat/0.png"):
       dataset[0]
@@ -237,7 +213,7 @@ def test_raise_names_the_record_through_threads(pets, num_threads):
   dataset = pipeline.examples(config, prepared_dir, split="train")
   for position, name in [(1, "train/cat/1.png"), (5, "train/dog/2.png")]:
     steps = iter(
-      _steps(
+      tiny_examples.steps(
         dataset,
         lambda step, position=position: np.array([position] if step else [0]),
         num_threads=num_threads,
@@ -272,7 +248,7 @@ def test_skip_gives_padding_and_counts_each_record_once(pets, cache):
   assert bad_records.count == 2
   assert "UnidentifiedImageError" in bad_records.causes[names[1]]
   # The draw is as it was: both bad records are still drawn and counted.
-  (step,) = _steps(dataset, lambda step: np.arange(7), num_steps=1)
+  (step,) = tiny_examples.steps(dataset, lambda step: np.arange(7), num_steps=1)
   assert step["num_examples"] == 7
   assert step["bad_records"].keys() == set(names)
   assert sum(b["is_padding_example"].sum() for b in step["microbatches"]) == 3

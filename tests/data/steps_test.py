@@ -9,35 +9,13 @@ from ppnet.data import examples as examples_lib
 from ppnet.data import pipeline
 from tests.data import tiny_examples
 
-
-def _steps(dataset, draw, **options):
-  options = {
-    "num_steps": 5,
-    "microbatch_size": 4,
-    "num_threads": 2,
-    "prefetch_steps": 3,
-    **options,
-  }
-  return pipeline.train_steps(dataset, draw=draw, **options)
+_steps = tiny_examples.steps
 
 
 def _poisson(step: int) -> np.ndarray:
   """Positions drawn among 23 by the step alone; sometimes none."""
   rng = np.random.default_rng([7, step])
   return np.flatnonzero(rng.random(23) < rng.choice([0.0, 0.2, 0.7]))
-
-
-def _assert_equal(ours, theirs):
-  assert ours.keys() == theirs.keys()
-  for name, value in ours.items():
-    if isinstance(value, dict):
-      _assert_equal(value, theirs[name])
-    elif isinstance(value, list):
-      for mine, other in zip(value, theirs[name], strict=True):
-        _assert_equal(mine, other)
-    else:
-      np.testing.assert_array_equal(value, theirs[name])
-      assert np.asarray(value).dtype == np.asarray(theirs[name]).dtype
 
 
 @hypothesis.settings(derandomize=True, deadline=None, max_examples=60)
@@ -85,7 +63,7 @@ def test_resumed_steps_equal_uninterrupted_ones(at, num_threads):
   )
   assert [step["step"] for step in rest] == list(range(at, 9))
   for ours, theirs in zip(rest, whole[at:], strict=True):
-    _assert_equal(ours, theirs)
+    tiny_examples.assert_equal(ours, theirs)
 
 
 def test_threads_and_prefetch_change_nothing():
@@ -98,7 +76,7 @@ def test_threads_and_prefetch_change_nothing():
       prefetch_steps=prefetch_steps,
     )
     for ours, theirs in zip(steps, reference, strict=True):
-      _assert_equal(ours, theirs)
+      tiny_examples.assert_equal(ours, theirs)
 
 
 @pytest.mark.parametrize(
@@ -334,7 +312,7 @@ def test_hosts_read_their_rows_and_all_rows_together(count):
         name: np.concatenate([s["microbatches"][number][name] for s in shares])
         for name in batch
       }
-      _assert_equal(joined, batch)
+      tiny_examples.assert_equal(joined, batch)
   tests = [
     list(
       pipeline.eval_batches(

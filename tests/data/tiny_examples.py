@@ -8,7 +8,7 @@ import numpy as np
 from ppnet import config as config_lib
 from ppnet.data import examples as examples_lib
 from ppnet.data import layout as layout_lib
-from ppnet.data import sources, tokenizers
+from ppnet.data import pipeline, sources, tokenizers
 from tests.data import conftest
 
 
@@ -95,3 +95,29 @@ def examples(
     cache=True,
     seed=7,
   )
+
+
+def steps(dataset, draw, **options):
+  """`pipeline.train_steps` with small options."""
+  options = {
+    "num_steps": 5,
+    "microbatch_size": 4,
+    "num_threads": 2,
+    "prefetch_steps": 3,
+    **options,
+  }
+  return pipeline.train_steps(dataset, draw=draw, **options)
+
+
+def assert_equal(ours, theirs):
+  """Holds two steps or batches to be equal, dtypes included."""
+  assert ours.keys() == theirs.keys()
+  for name, value in ours.items():
+    if isinstance(value, dict):
+      assert_equal(value, theirs[name])
+    elif isinstance(value, list):
+      for mine, other in zip(value, theirs[name], strict=True):
+        assert_equal(mine, other)
+    else:
+      np.testing.assert_array_equal(value, theirs[name])
+      assert np.asarray(value).dtype == np.asarray(theirs[name]).dtype
