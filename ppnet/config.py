@@ -11,7 +11,7 @@ write to them). This module imports neither JAX nor NumPy.
 import dataclasses
 import enum
 
-from ppnet import config_attention, data_config, model_config
+from ppnet import audit_config, config_attention, data_config, model_config
 from ppnet.core import checks
 
 # What concerns attention has a file of its own, and its names here.
@@ -31,7 +31,8 @@ AudioStemConfig = model_config.AudioStemConfig
 ModelConfig = model_config.ModelConfig
 llama_tiny = model_config.llama_tiny
 PROJECTIONS = model_config.PROJECTIONS
-# What concerns the data, likewise.
+# What concerns audits, and the data, likewise.
+AuditConfig = audit_config.AuditConfig
 MODALITIES = data_config.MODALITIES
 Source = data_config.Source
 SOURCE_PATHS = data_config.PATHS
@@ -399,6 +400,7 @@ class ExperimentConfig:
     account: see `AccountConfig`.
     bench: see `BenchConfig`.
     generate: see `GenerateConfig`.
+    audit: see `AuditConfig`; no other job reads it.
   """
 
   name: str = "experiment"
@@ -420,6 +422,7 @@ class ExperimentConfig:
   account: AccountConfig = dataclasses.field(default_factory=AccountConfig)
   bench: BenchConfig = dataclasses.field(default_factory=BenchConfig)
   generate: GenerateConfig = dataclasses.field(default_factory=GenerateConfig)
+  audit: AuditConfig = dataclasses.field(default_factory=AuditConfig)
 
 
 def num_media_tokens(config: ExperimentConfig) -> dict[str, int]:
@@ -444,6 +447,7 @@ def validate(config: ExperimentConfig) -> None:
   """
   _validate_privacy(config.privacy)
   _validate_account(config.account)
+  audit_config.validate(config.audit)
   _validate_units(config)
   data_config.validate(
     config.data, max_seq_len=config.model.decoder.max_seq_len

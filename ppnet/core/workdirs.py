@@ -13,7 +13,13 @@ from typing import Any
 from ppnet.core import records
 
 # What may differ between two uses of one folder: fields, and groups of fields.
-_NOT_PART_OF_THE_EXPERIMENT = ("job", "topology", "generate.")
+_NOT_PART_OF_THE_EXPERIMENT = (
+  "job",
+  "topology",
+  "generate.",
+  "account.",
+  "audit.",
+)
 # What a resumed run may change: the machine and how it is used. Neither the
 # result, but for rounding, nor the guarantee depends on them.
 _MAY_CHANGE = ("perf.", "mesh.")

@@ -30,7 +30,12 @@ def test_a_begun_run_keeps_the_config_it_was_begun_with(tmp_path):
   (tmp_path / "config.json").write_text(text)
   with workdirs.opened(tmp_path, CONFIG | {"job": "EVALUATE"}):
     pass  # Another job may use the folder.
-  other = CONFIG | {"job": "GENERATE", "generate": {"top_k": 3}}
+  other = CONFIG | {
+    "job": "GENERATE",
+    "generate": {"top_k": 3},
+    "audit": {"num_models": 8},
+    "account": {"num_examples": 5},
+  }
   with workdirs.opened(tmp_path, other):
     pass  # And ask for other continuations.
   assert (tmp_path / "config.json").read_text() == text

@@ -1,0 +1,61 @@
+"""What an AUDIT job does: dataclass and checks.
+
+`ppnet.config` gives all of it its public names.
+"""
+
+import dataclasses
+
+from ppnet.core import checks
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class AuditConfig:
+  """How a model, or the way it is trained, is attacked.
+
+  Attributes:
+    num_models: shadow models, an even number: each record is trained on by
+      exactly one of every two.
+    models_at_once: how many of them are one program, an even number; the rest
+      follow. Bounds the memory, and where a killed audit goes on.
+    num_records: training records that the shadow models are drawn from; None
+      takes all. Fewer are memorised more.
+    num_canaries: of these records, how many are planted: mislabelled, or given
+      a random secret. The worst case of what can leak.
+    num_gradient_canaries: gradients planted in one run, each in it or not with
+      probability one half, for the bound of an observer who sees every update.
+      0 leaves it out.
+    confidence: of the lower bounds on epsilon and of all intervals.
+  """
+
+  num_models: int = 16
+  models_at_once: int = 16
+  num_records: int | None = None
+  num_canaries: int = 0
+  num_gradient_canaries: int = 1000
+  confidence: float = 0.95
+
+
+def validate(config: AuditConfig) -> None:
+  """Raises ValueError, naming the field, its value and what to do."""
+  for name in ("num_models", "models_at_once"):
+    value = getattr(config, name)
+    if value < 2 or value % 2:
+      checks.fail(
+        f"audit.{name} to be even and at least 2",
+        "Models come in pairs: what one is trained on, the other is not.",
+        **{f"audit.{name}": value},
+      )
+  if config.num_records is not None:
+    checks.positive(**{"audit.num_records": config.num_records})
+  for name in ("num_canaries", "num_gradient_canaries"):
+    if getattr(config, name) < 0:
+      checks.fail(
+        f"audit.{name} not to be negative",
+        **{f"audit.{name}": getattr(config, name)},
+      )
+  if not 0.5 <= config.confidence < 1:
+    checks.fail(
+      "audit.confidence in [0.5, 1)",
+      "0.95 is usual.",
+      **{"audit.confidence": config.confidence},
+    )
