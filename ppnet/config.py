@@ -11,7 +11,13 @@ write to them). This module imports neither JAX nor NumPy.
 import dataclasses
 import enum
 
-from ppnet import audit_config, config_attention, data_config, model_config
+from ppnet import (
+  audit_config,
+  config_attention,
+  data_config,
+  model_config,
+  table_config,
+)
 from ppnet.core import checks
 
 # What concerns attention has a file of its own, and its names here.
@@ -31,8 +37,10 @@ AudioStemConfig = model_config.AudioStemConfig
 ModelConfig = model_config.ModelConfig
 llama_tiny = model_config.llama_tiny
 PROJECTIONS = model_config.PROJECTIONS
-# What concerns audits, and the data, likewise.
+# What concerns audits, tables, and the data, likewise.
 AuditConfig = audit_config.AuditConfig
+TableSubject = table_config.TableSubject
+TableConfig = table_config.TableConfig
 MODALITIES = data_config.MODALITIES
 Source = data_config.Source
 SOURCE_PATHS = data_config.PATHS
@@ -401,6 +409,7 @@ class ExperimentConfig:
     bench: see `BenchConfig`.
     generate: see `GenerateConfig`.
     audit: see `AuditConfig`; no other job reads it.
+    table: see `TableConfig`; no other job reads it.
   """
 
   name: str = "experiment"
@@ -423,6 +432,7 @@ class ExperimentConfig:
   bench: BenchConfig = dataclasses.field(default_factory=BenchConfig)
   generate: GenerateConfig = dataclasses.field(default_factory=GenerateConfig)
   audit: AuditConfig = dataclasses.field(default_factory=AuditConfig)
+  table: TableConfig = dataclasses.field(default_factory=TableConfig)
 
 
 def num_media_tokens(config: ExperimentConfig) -> dict[str, int]:
@@ -448,6 +458,7 @@ def validate(config: ExperimentConfig) -> None:
   _validate_privacy(config.privacy)
   _validate_account(config.account)
   audit_config.validate(config.audit)
+  table_config.validate(config.table)
   _validate_units(config)
   data_config.validate(
     config.data, max_seq_len=config.model.decoder.max_seq_len

@@ -28,7 +28,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from ppnet import config as config_lib
-from ppnet import config_args, sweep
+from ppnet import config_args, study, sweep
 from ppnet.audit import run as audit
 from ppnet.bench import attention, engines
 from ppnet.bench import pipeline as pipeline_bench
@@ -203,7 +203,10 @@ def benchmark(
 
 
 def table(config: config_lib.ExperimentConfig, workdir: pathlib.Path) -> None:
-  """Tells what the experiment's pipelines do: table and pictures."""
+  """Tells what pipelines do, or what models reached and leaked."""
+  if config.table.subject is config_lib.TableSubject.RESULTS:
+    print(f"{study.table(config, workdir)}\n\nrecords: {workdir}")
+    return
   folder = loop.prepared_dir(config, workdir)
   prepare.prepare(config.data, folder)
   print(pipelines.write(config, folder, workdir))

@@ -48,6 +48,12 @@ def parse_shard(text: str) -> tuple[int, int]:
   return int(index), int(count)
 
 
+def main_command(flags: Sequence[str]) -> list[str]:
+  """What starts this program again, with other flags."""
+  safe_path = ["-P"] if sys.flags.safe_path else []
+  return [sys.executable, *safe_path, "-m", "ppnet.main", *flags]
+
+
 def run(
   runs: Sequence[tuple[str, ...]],
   *,
@@ -77,10 +83,8 @@ def run(
     if number % count != index or (folder / "summary.json").exists():
       continue
     print(f"[{number + 1}/{len(runs)}] {', '.join(overrides)}", flush=True)
-    command = [sys.executable, *(["-P"] if sys.flags.safe_path else [])]
-    command += ["-m", "ppnet.main", *flags]
-    command += [f"--config.{override}" for override in overrides]
-    command += [f"--workdir={folder}"]
+    overriding = [f"--config.{override}" for override in overrides]
+    command = main_command([*flags, *overriding, f"--workdir={folder}"])
     if subprocess.run(command, check=False).returncode:
       failed.append(", ".join(overrides))
   rows = []

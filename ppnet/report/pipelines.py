@@ -16,7 +16,7 @@ from ppnet import config as config_lib
 from ppnet.core import checks, records
 from ppnet.data import examples as examples_lib
 from ppnet.data import pipeline, prepare, sources, tokenizers
-from ppnet.report import pipeline_figures, pipeline_table
+from ppnet.report import latex, pipeline_figures, pipeline_table
 
 _TOKENIZER_WORDS = {
   config_lib.TokenizerKind.PUBLIC: "SentencePiece, learnt from public text",
@@ -203,41 +203,11 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
   return out.getvalue()
 
 
-_LATEX = str.maketrans(
-  {
-    "&": r"\&",
-    "%": r"\%",
-    "_": r"\_",
-    "#": r"\#",
-    "$": r"\$",
-    "{": r"\{",
-    "}": r"\}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "\\": r"\textbackslash{}",
-    "×": r"$\times$",
-    "→": r"$\to$",
-    "–": "--",
-    "±": r"$\pm$",
-    "°": r"$^\circ$",
-  }
-)
-
-
 def _latex(rows: Sequence[Mapping[str, Any]]) -> str:
   """The table of the paper: what is done to each modality."""
   columns = ("modality", "normalisation", "feature_extraction", "augmentation")
-  lines = [
-    r"\begin{tabular}{llll}",
-    r"\toprule",
-    r"Modality & Normalisation & Feature extraction & Augmentation \\",
-    r"\midrule",
-    *(
-      " & ".join((row[name] or "--").translate(_LATEX) for name in columns)
-      + r" \\"
-      for row in rows
-    ),
-    r"\bottomrule",
-    r"\end{tabular}",
-  ]
-  return "\n".join(lines) + "\n"
+  return latex.table(
+    ["Modality", "Normalisation", "Feature extraction", "Augmentation"],
+    [[row[name] or "–" for name in columns] for row in rows],
+    num_left=len(columns),
+  )

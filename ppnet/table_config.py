@@ -1,0 +1,68 @@
+"""What a TABLE job does: dataclass, names of cells, checks.
+
+`ppnet.config` gives all of it its public names.
+"""
+
+import dataclasses
+import enum
+
+from ppnet.core import checks
+
+
+class TableSubject(enum.Enum):
+  """What a table is of."""
+
+  PIPELINES = "pipelines"  # What is done to the records of this experiment.
+  RESULTS = "results"  # What models reached, and what they leaked.
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class TableConfig:
+  """A table of experiments: tasks times rows, each cell an AUDIT of its own.
+
+  Attributes:
+    subject: PIPELINES, or RESULTS, which the other fields are about.
+    title: above the table.
+    cell_config: the file in `configs/` that makes one cell's experiment of
+      "TASK,ROW,SIZE"; every cell can be run by itself.
+    tasks: names with commas between them, known to `cell_config`.
+    rows: likewise; several machines may share a table, each with some of them.
+    baseline: the row that the others are tested against; empty tests nothing.
+    size: "cpu" or "full", known to `cell_config`.
+  """
+
+  subject: TableSubject = TableSubject.PIPELINES
+  title: str = ""
+  cell_config: str = ""
+  tasks: str = ""
+  rows: str = ""
+  baseline: str = ""
+  size: str = "cpu"
+
+
+def names(text: str) -> tuple[str, ...]:
+  """The names in a field, without the spaces around them.
+
+  >>> names("fsdd, reviews")
+  ('fsdd', 'reviews')
+  """
+  return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def validate(config: TableConfig) -> None:
+  """Raises ValueError, naming the field, its value and what to do."""
+  if config.subject is not TableSubject.RESULTS:
+    return
+  for field in ("cell_config", "tasks", "rows", "size"):
+    if not names(getattr(config, field)):
+      checks.fail(
+        f"table.{field} not to be empty",
+        "configs/paper/table2.py sets it.",
+        **{f"table.{field}": getattr(config, field)},
+      )
+  for field in ("tasks", "rows"):
+    found = names(getattr(config, field))
+    if len(set(found)) != len(found):
+      checks.fail(
+        f"each name in table.{field} once", **{f"table.{field}": found}
+      )
