@@ -12,7 +12,7 @@ import subprocess
 from ppnet import config as config_lib
 from ppnet import sweep, table_config
 from ppnet.core import records
-from ppnet.report import page, results, tables
+from ppnet.report import page, results, tables, tradeoff
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,8 @@ def command(
 def table(config: config_lib.ExperimentConfig, workdir: pathlib.Path) -> str:
   """Runs the cells that are missing, then writes the table from records.
 
-  Writes `table.json`, `.md`, `.tex`, `.csv` and `.html`.
+  Writes `table.json`, `.md`, `.tex`, `.csv` and `.html`, and, where there is
+  a knob, `figures/tradeoff.png` and `.pdf`.
 
   Args:
     config: with a RESULTS table.
@@ -87,6 +88,8 @@ def table(config: config_lib.ExperimentConfig, workdir: pathlib.Path) -> str:
   failed = _run_missing(config, workdir)
   found = collect(config, workdir)
   text = results.write(found, workdir)
+  if config.table.knob:
+    _draw_tradeoff(found, config, workdir)
   _write_page(found, config, workdir)
   if failed or found.holes:
     print(text)
@@ -133,6 +136,26 @@ def _run_missing(
     if done.returncode:
       failed.append(cell)
   return failed
+
+
+def _draw_tradeoff(
+  found: results.Results,
+  config: config_lib.ExperimentConfig,
+  workdir: pathlib.Path,
+) -> None:
+  """Utility and leakage over what the rows differ in."""
+  field = config.table.knob
+  knobs = {
+    (cell.task, cell.row): tradeoff.knob_of(
+      found.cells[cell.task, cell.row],
+      records.read_json(cell.folder / "config.json"),
+      field,
+    )
+    for cell in cells(config, workdir)
+    if (cell.task, cell.row) in found.cells
+  }
+  if knobs:
+    tradeoff.write(found, knobs, field=field, workdir=workdir)
 
 
 def _write_page(

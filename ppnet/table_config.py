@@ -29,6 +29,9 @@ class TableConfig:
     rows: likewise; several machines may share a table, each with some of them.
     baseline: the row that the others are tested against; empty tests nothing.
     size: "cpu" or "full", known to `cell_config`.
+    knob: what rows differ in, for a figure of utility and leakage over it: a
+      key of `audit.json` such as "epsilon", or a field of the cells'
+      configuration such as "attention_noise.stddev"; empty draws none.
   """
 
   subject: TableSubject = TableSubject.PIPELINES
@@ -38,6 +41,7 @@ class TableConfig:
   rows: str = ""
   baseline: str = ""
   size: str = "cpu"
+  knob: str = ""
 
 
 def names(text: str) -> tuple[str, ...]:

@@ -1,0 +1,32 @@
+"""Does attention noise protect anything by itself? Leakage over its strength.
+
+  python -m ppnet.main --config=configs/paper/attention_noise.py:cpu \
+      --config.data.path=/data --workdir=DIR
+
+Trains what is missing, attacks it, and writes the table; run again, it only
+reads. The cells are those of configs/paper/cell.py, which says what the rows
+are, and where the data lie. With :full a pod trains Llama-7B.
+"""
+
+from ppnet import config
+
+
+def get_config(size: str = "cpu") -> config.ExperimentConfig:
+  """One mechanism at several strengths, on two tasks."""
+  return config.ExperimentConfig(
+    name="attention_noise",
+    job=config.Job.TABLE,
+    data=config.DataConfig(path="/data"),
+    table=config.TableConfig(
+      subject=config.TableSubject.RESULTS,
+      title="Attention noise alone",
+      cell_config="configs/paper/cell.py",
+      tasks="fashion_mnist,reviews",
+      rows="non_private,attention_noise_0.25,attention_noise_0.5,"
+      "attention_noise_1,attention_noise_2,attention_noise_4",
+      baseline="non_private",
+      size=size,
+      knob="attention_noise.stddev",
+    ),
+    audit=config.AuditConfig(num_models=6),
+  )

@@ -1,0 +1,31 @@
+"""What privacy costs, and what it buys: accuracy and leakage over epsilon.
+
+  python -m ppnet.main --config=configs/paper/epsilon.py:cpu \
+      --config.data.path=/data --workdir=DIR
+
+Trains what is missing, attacks it, and writes the table; run again, it only
+reads. The cells are those of configs/paper/cell.py, which says what the rows
+are, and where the data lie. With :full a pod trains Llama-7B.
+"""
+
+from ppnet import config
+
+
+def get_config(size: str = "cpu") -> config.ExperimentConfig:
+  """One mechanism at several strengths, on two tasks."""
+  return config.ExperimentConfig(
+    name="epsilon",
+    job=config.Job.TABLE,
+    data=config.DataConfig(path="/data"),
+    table=config.TableConfig(
+      subject=config.TableSubject.RESULTS,
+      title="Utility and leakage by epsilon",
+      cell_config="configs/paper/cell.py",
+      tasks="fashion_mnist,reviews",
+      rows="dp_0.5,dp_1,dp_2,dp_4,dp_8,non_private",
+      baseline="non_private",
+      size=size,
+      knob="epsilon",
+    ),
+    audit=config.AuditConfig(num_models=6),
+  )

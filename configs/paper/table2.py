@@ -1,0 +1,30 @@
+"""Table 2: the plain decoder, the multimodal network, and PrivacyPreserveNet.
+
+  python -m ppnet.main --config=configs/paper/table2.py:cpu \
+      --config.data.path=/data --workdir=DIR
+
+Trains what is missing, attacks it, and writes the table; run again, it only
+reads. The cells are those of configs/paper/cell.py, which says what the rows
+are, and where the data lie. With :full a pod trains Llama-7B.
+"""
+
+from ppnet import config
+
+
+def get_config(size: str = "cpu") -> config.ExperimentConfig:
+  """Three models on four tasks."""
+  return config.ExperimentConfig(
+    name="table2",
+    job=config.Job.TABLE,
+    data=config.DataConfig(path="/data"),
+    table=config.TableConfig(
+      subject=config.TableSubject.RESULTS,
+      title="Table 2: models",
+      cell_config="configs/paper/cell.py",
+      tasks="fashion_mnist,fsdd,reviews,digits",
+      rows="llama,non_private,ppnet",
+      baseline="llama",
+      size=size,
+    ),
+    audit=config.AuditConfig(num_models=6),
+  )
