@@ -31,6 +31,7 @@ ComputeDtype = model_config.ComputeDtype
 RopeScalingConfig = model_config.RopeScalingConfig
 LoraConfig = model_config.LoraConfig
 LlamaConfig = model_config.LlamaConfig
+LinearConfig = model_config.LinearConfig
 ImageStemConfig = model_config.ImageStemConfig
 PatchStemConfig = model_config.PatchStemConfig
 AudioStemConfig = model_config.AudioStemConfig
@@ -436,8 +437,15 @@ class ExperimentConfig:
 
 
 def num_media_tokens(config: ExperimentConfig) -> dict[str, int]:
-  """Tokens that one item of each modality with a stem takes in the decoder."""
+  """Tokens that one item of each modality with a stem takes in the decoder.
+
+  One each for a linear model, which has no stems and reads no tokens.
+  """
   counts = {}
+  if config.model.linear is not None:
+    return {
+      name: 1 for name in MODALITIES if getattr(config.model, name) is not None
+    }
   if config.model.image is not None:
     counts["image"] = config.model.image.num_tokens(config.data.image_size)
   if config.model.audio is not None:
@@ -604,6 +612,7 @@ def _validate_model(config: ExperimentConfig) -> None:
       head_dim=decoder.head_dim,
     )
   model_config.validate_options(decoder)
+  model_config.validate_linear(config.model)
   if decoder.vocab_size < config.data.vocab_size:
     checks.fail(
       "model.decoder.vocab_size >= data.vocab_size",

@@ -184,6 +184,18 @@ class AudioStemConfig:
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
+class LinearConfig:
+  """A linear classifier on fixed features, in the decoder's place.
+
+  Attributes:
+    num_groups: groups of feature maps, each given mean 0 and variance 1 within
+      a picture; 0 leaves the features as the data have them.
+  """
+
+  num_groups: int = 0
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
 class ModelConfig:
   """The multimodal network: stems, projectors, decoder.
 
@@ -198,6 +210,8 @@ class ModelConfig:
       its modalities, drawn for each by itself. Its placeholders then keep their
       own token embeddings.
     private_cut: makes the decoder's hidden state private.
+    linear: instead of stems and decoder, one matrix on the media as the data
+      have them; of `decoder` only `vocab_size` and `max_seq_len` are read.
   """
 
   decoder: LlamaConfig = dataclasses.field(default_factory=LlamaConfig)
@@ -212,6 +226,7 @@ class ModelConfig:
   private_cut: config_attention.PrivateCutConfig = dataclasses.field(
     default_factory=config_attention.PrivateCutConfig
   )
+  linear: LinearConfig | None = None
 
 
 def validate_options(decoder: LlamaConfig) -> None:
@@ -243,6 +258,29 @@ def validate_options(decoder: LlamaConfig) -> None:
       checks.fail(
         f"model.decoder.lora.targets among {PROJECTIONS}, at least one",
         **{"model.decoder.lora.targets": lora.targets},
+      )
+
+
+def validate_linear(model: ModelConfig) -> None:
+  """Raises `ValueError` for what a linear model has no place for."""
+  if model.linear is None:
+    return
+  if model.linear.num_groups < 0:
+    checks.fail(
+      "model.linear.num_groups not to be negative",
+      **{"model.linear.num_groups": model.linear.num_groups},
+    )
+  for name, is_set in (
+    ("decoder_weights", bool(model.decoder_weights)),
+    ("modality_dropout", model.modality_dropout > 0),
+    ("private_cut.layer", model.private_cut.layer is not None),
+    ("decoder.lora", model.decoder.lora is not None),
+  ):
+    if is_set:
+      checks.fail(
+        f"no model.{name} beside model.linear",
+        "A linear model has no hidden state and no decoder.",
+        **{f"model.{name}": is_set},
       )
 
 

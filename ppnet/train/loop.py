@@ -205,6 +205,7 @@ def open_experiment(
       mechanism,
       example,
       placeholder_ids=tokenizer.placeholder_ids,
+      answer_ids=tokenizer.answer_ids.tolist(),
       devices=devices,
     ),
     datasets=datasets,

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from ppnet import config as config_lib
 from ppnet.core import checks, hosts, prng, trees
 from ppnet.data import pipeline
-from ppnet.models import hf, lora, multimodal, private_cut
+from ppnet.models import hf, linear, lora, multimodal, private_cut
 from ppnet.privacy import engine_choice, input_privacy
 from ppnet.privacy import mechanism as mechanism_lib
 from ppnet.sharding import mesh as mesh_lib
@@ -32,7 +32,7 @@ class Program:
   Attributes:
     mesh: the devices.
     rules: where parameters and examples live on them.
-    model: the network.
+    model: the network, `multimodal.PPNet` or `linear.LinearClassifier`.
     engine: how clipped sums are computed, and why so; None if nothing is.
     mechanism: sampler, clip, noise and accountant.
     abstract_state: shapes, dtypes and shardings of the train state.
@@ -55,7 +55,7 @@ class Program:
 
   mesh: Mesh
   rules: rules_lib.Rules
-  model: multimodal.PPNet
+  model: Any
   engine: engine_choice.Choice | None
   mechanism: mechanism_lib.Mechanism
   abstract_state: state_lib.TrainState
@@ -110,6 +110,7 @@ def build(
   example: Mapping[str, np.ndarray],
   *,
   placeholder_ids: Mapping[str, int],
+  answer_ids: Sequence[int] = (),
   devices: list[jax.Device] | None = None,
   is_at_hand: bool = True,
 ) -> Program:
@@ -120,6 +121,7 @@ def build(
     mechanism: from `privacy.mechanism.build`.
     example: one example of the pipeline, for its shapes.
     placeholder_ids: modality to the token whose places it takes.
+    answer_ids: tokens of the classes, which a linear model needs.
     devices: all of this job's devices when None.
     is_at_hand: False where this process cannot reach the devices: nothing is
       put on them, and the functions can be lowered and compiled, not called.
@@ -131,7 +133,7 @@ def build(
   mesh = _mesh(config, devices)
   on_mesh = functools.partial(mesh_lib.within, mesh)
   rules = rules_lib.Rules()
-  model = _model(config.model, placeholder_ids)
+  model = _model(config.model, placeholder_ids, answer_ids)
   tx = optimizer.build(config.optimizer, config.train.num_steps)
   root_key = prng.root(config.seed)
   if is_at_hand:
@@ -473,9 +475,21 @@ def _abstract_batch(
 
 
 def _model(
-  config: config_lib.ModelConfig, placeholder_ids: Mapping[str, int]
-) -> multimodal.PPNet:
+  config: config_lib.ModelConfig,
+  placeholder_ids: Mapping[str, int],
+  answer_ids: Sequence[int],
+) -> Any:
   """The network, with the private cut that the record claims."""
+  if config.linear is not None:
+    if not len(answer_ids):
+      checks.fail(
+        "classes for a linear model",
+        "Set --config.data.task=CLASSIFY, or --config.model.linear=none.",
+        answer_ids=list(answer_ids),
+      )
+    return linear.LinearClassifier(
+      config.linear, config.decoder.vocab_size, tuple(map(int, answer_ids))
+    )
   cut = None
   if config.private_cut.layer is not None:
     claim = input_privacy.claim(config.private_cut)

@@ -1,0 +1,112 @@
+"""A linear classifier on fixed features: what a network must beat.
+
+Tramèr and Boneh 2021, section 3 (https://arxiv.org/abs/2011.11660): features
+that no record was used for, each record's normalised by itself, and one matrix.
+It stands in PPNet's place and speaks its language: the classes are the tokens
+of the answers, so losses, engines, evaluation and attacks are the same.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from ppnet import config as config_lib
+from ppnet.core import checks, param_ops
+from ppnet.models import layers
+
+_EPS = 1e-5
+_NEVER = -1e9  # Logit of a token that is no answer; its exponential is 0.
+
+
+def group_norm(
+  x: Float[Array, "*b H W C"], *, num_groups: int
+) -> Float[Array, "*b H W C"]:
+  """Gives each group of feature maps mean 0 and variance 1, without weights.
+
+  Wu and He 2018, eq. 7 (https://arxiv.org/abs/1803.08494), over the places and
+  the maps of a group of one example: examples stay apart.
+
+  | edge case | result |
+  | --- | --- |
+  | a constant group | zeros |
+  | `num_groups` 0 | x |
+
+  Raises:
+    ValueError: the groups do not share the maps evenly.
+  """
+  if num_groups == 0:
+    return x
+  *_, height, width, channels = x.shape
+  if channels % num_groups:
+    checks.fail(
+      "model.linear.num_groups to divide the feature maps",
+      num_groups=num_groups,
+      maps=channels,
+    )
+  groups = x.reshape(*x.shape[:-1], num_groups, channels // num_groups)
+  axes = (-4, -3, -1)  # Height, width, maps of a group.
+  mean = groups.mean(axis=axes, keepdims=True)
+  variance = jnp.square(groups - mean).mean(axis=axes, keepdims=True)
+  return ((groups - mean) * jax.lax.rsqrt(variance + _EPS)).reshape(x.shape)
+
+
+class LinearClassifier(nn.Module):
+  """Features times one matrix: logits of the answers.
+
+  The matrix begins at zero: every answer is equally likely, whatever the
+  features, and no scale has to be chosen.
+
+  Attributes:
+    config: what is done to the features.
+    vocab_size: V.
+    answer_ids: tokens of the classes, in order.
+    ops: implementation of the parametrised operations.
+    cut: never; there is no hidden state.
+  """
+
+  config: config_lib.LinearConfig
+  vocab_size: int
+  answer_ids: tuple[int, ...]
+  ops: param_ops.ParamOps = param_ops.PLAIN
+  cut: Any = None
+
+  @nn.compact
+  def __call__(
+    self,
+    tokens: Int[Array, "B T"],
+    *,
+    media: Mapping[str, Array],
+    **unused: Any,
+  ) -> Float[Array, "B T V"]:
+    """The same logits at every position, float32; only media are read.
+
+    Args:
+      tokens: for their shape.
+      media: modality to one item per example: [B, H, W, C] or [B, F, M].
+      **unused: what PPNet has beside them: noise, keys, positions.
+
+    Raises:
+      ValueError: no media, or groups that do not divide the feature maps.
+    """
+    del unused
+    if not media:
+      checks.fail("a picture or a sound for a linear model", media=list(media))
+    num_examples = tokens.shape[0]
+    parts = []
+    for name in sorted(media):
+      values = media[name].astype(jnp.float32)
+      if name == "image":
+        values = group_norm(values, num_groups=self.config.num_groups)
+      parts.append(values.reshape(num_examples, -1))
+    parts.append(jnp.ones((num_examples, 1)))  # Its weights are the bias.
+    features = jnp.concatenate(parts, axis=1)
+    logits = layers.Dense(
+      len(self.answer_ids), (None, None), self.ops, init_scale=0.0, name="head"
+    )(features[:, None, :])  # [B, 1, classes]
+    over_all = jnp.full((num_examples, 1, self.vocab_size), _NEVER)
+    over_all = over_all.at[:, :, jnp.array(self.answer_ids)].set(logits)
+    return jnp.broadcast_to(over_all, (*tokens.shape, self.vocab_size))
