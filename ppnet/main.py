@@ -204,7 +204,7 @@ def benchmark(
 
 def table(config: config_lib.ExperimentConfig, workdir: pathlib.Path) -> None:
   """Tells what pipelines do, or what models reached and leaked."""
-  if config.table.subject is config_lib.TableSubject.RESULTS:
+  if config.table.subject is not config_lib.TableSubject.PIPELINES:
     print(f"{study.table(config, workdir)}\n\nrecords: {workdir}")
     return
   folder = loop.prepared_dir(config, workdir)

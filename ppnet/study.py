@@ -1,8 +1,9 @@
-"""Tables of results: one folder and one process for each cell, restartable.
+"""Tables of experiments: one folder and one process per cell, restartable.
 
-A cell is a task and a row, and an AUDIT job of its own: its models are trained
-side by side, scored on the test split and attacked. What is done is not done
-again; whoever deletes a cell's folder gets it anew.
+A cell is a task and a row, and a job of its own: an AUDIT, whose models are
+trained side by side, scored on the test split and attacked; or a TRAIN, for
+figures of how training went. What is done is not done again; whoever deletes a
+cell's folder gets it anew.
 """
 
 import dataclasses
@@ -12,7 +13,17 @@ import subprocess
 from ppnet import config as config_lib
 from ppnet import sweep, table_config
 from ppnet.core import records
-from ppnet.report import page, results, tables, tradeoff
+from ppnet.report import (
+  figures,
+  page,
+  results,
+  robustness,
+  tables,
+  tradeoff,
+  training_rows,
+)
+
+_FINAL = ("accuracy", "f1", "auc_roc", "epsilon", "leakage")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,12 +40,13 @@ class Cell:
   row: str
   folder: pathlib.Path
 
-  @property
-  def is_done(self) -> bool:
-    """Whether its record is there."""
-    return (
-      results.read_cell(self.folder, task=self.task, row=self.row) is not None
-    )
+
+def is_done(config: config_lib.ExperimentConfig, cell: Cell) -> bool:
+  """Whether a cell's record is there; each job writes its own last."""
+  is_results = config.table.subject is config_lib.TableSubject.RESULTS
+  return (
+    cell.folder / ("audit.json" if is_results else "summary.json")
+  ).exists()
 
 
 def cells(
@@ -57,9 +69,11 @@ def command(
   of a task share one folder of prepared data.
   """
   table, audit = config.table, config.audit
+  is_results = table.subject is config_lib.TableSubject.RESULTS
   flags = [
     f"--config={table.cell_config}:"
     + ",".join((cell.task, cell.row, table.size, config.data.path)),
+    f"--config.job={'AUDIT' if is_results else 'TRAIN'}",
     f"--config.seed={config.seed}",
     f"--config.audit.num_models={audit.num_models}",
     f"--config.audit.models_at_once={audit.models_at_once}",
@@ -70,37 +84,71 @@ def command(
 
 
 def table(config: config_lib.ExperimentConfig, workdir: pathlib.Path) -> str:
-  """Runs the cells that are missing, then writes the table from records.
+  """Runs the cells that are missing, then writes table and figures.
 
-  Writes `table.json`, `.md`, `.tex`, `.csv` and `.html`, and, where there is
-  a knob, `figures/tradeoff.png` and `.pdf`.
+  | subject | written |
+  | --- | --- |
+  | RESULTS | `table.json`, `.md`, `.tex`, `.csv`, `.html`; `figures/tradeoff` |
+  | | where there is a knob, `figures/robustness` where it was measured |
+  | TRAINING | `figures/losses`, `figures/indicators` |
 
   Args:
-    config: with a RESULTS table.
+    config: with a RESULTS or a TRAINING table.
     workdir: of the table; holds `cells/TASK/ROW/` and `prepared/TASK/`.
 
   Returns:
-    The table in Markdown.
+    The table in Markdown, or for TRAINING the runs' final numbers.
 
   Raises:
-    RuntimeError: a cell failed; the table is written, with a hole.
+    RuntimeError: a cell has no record; the rest is written all the same.
   """
-  failed = _run_missing(config, workdir)
-  found = collect(config, workdir)
-  text = results.write(found, workdir)
-  if config.table.knob:
-    _draw_tradeoff(found, config, workdir)
-  _write_page(found, config, workdir)
-  if failed or found.holes:
+  _run_missing(config, workdir)
+  if config.table.subject is config_lib.TableSubject.RESULTS:
+    text = _write_results(config, workdir)
+  else:
+    text = _write_training(config, workdir)
+  holes = [cell for cell in cells(config, workdir) if not is_done(config, cell)]
+  if holes:
     print(text)
     raise RuntimeError(
-      f"{len(found.holes)} of {len(cells(config, workdir))} cells have no"
-      " record: "
-      + "; ".join(f"{task}, {row}" for task, row in found.holes)
+      f"{len(holes)} of {len(cells(config, workdir))} cells have no record: "
+      + "; ".join(f"{cell.task}, {cell.row}" for cell in holes)
       + ". What went wrong stands above. Give the same command again to run"
       " them alone."
     )
   return text
+
+
+def _write_results(
+  config: config_lib.ExperimentConfig, workdir: pathlib.Path
+) -> str:
+  """Table and figures of audits."""
+  found = collect(config, workdir)
+  text = results.write(found, workdir)
+  if config.table.knob:
+    _draw_tradeoff(found, config, workdir)
+  robustness.write(found, workdir)
+  _write_page(found, config, workdir)
+  return text
+
+
+def _write_training(
+  config: config_lib.ExperimentConfig, workdir: pathlib.Path
+) -> str:
+  """Figures of how training went, and what it came to."""
+  done = [cell for cell in cells(config, workdir) if is_done(config, cell)]
+  if not done:
+    return ""
+  training_rows.write(
+    {(cell.task, cell.row): figures.read(cell.folder) for cell in done},
+    workdir,
+  )
+  rows = [
+    {"task": cell.task, "model": cell.row}
+    | records.read_json(cell.folder / "summary.json")
+    for cell in done
+  ]
+  return tables.sweep_table(rows, ["task", "model", *_FINAL])
 
 
 def collect(
@@ -123,19 +171,15 @@ def collect(
 
 def _run_missing(
   config: config_lib.ExperimentConfig, workdir: pathlib.Path
-) -> list[Cell]:
-  """Runs the cells that are not done, in turn; returns those that failed.
+) -> None:
+  """Runs the cells that are not done, in turn.
 
   Each is a process of its own, so one that fails takes no other with it.
   """
-  todo = [cell for cell in cells(config, workdir) if not cell.is_done]
-  failed = []
+  todo = [cell for cell in cells(config, workdir) if not is_done(config, cell)]
   for number, cell in enumerate(todo, start=1):
     print(f"[{number}/{len(todo)}] {cell.task}, {cell.row}", flush=True)
-    done = subprocess.run(command(config, workdir, cell), check=False)
-    if done.returncode:
-      failed.append(cell)
-  return failed
+    subprocess.run(command(config, workdir, cell), check=False)
 
 
 def _draw_tradeoff(
@@ -164,7 +208,7 @@ def _write_page(
   workdir: pathlib.Path,
 ) -> None:
   """The table with the cells' pictures and configurations in one file."""
-  done = [cell for cell in cells(config, workdir) if cell.is_done]
+  done = [cell for cell in cells(config, workdir) if is_done(config, cell)]
   rows = results.lines(found)
   width = len(found.rows)
   page.write(

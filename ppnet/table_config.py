@@ -14,14 +14,16 @@ class TableSubject(enum.Enum):
 
   PIPELINES = "pipelines"  # What is done to the records of this experiment.
   RESULTS = "results"  # What models reached, and what they leaked.
+  TRAINING = "training"  # How they got there: figures by epoch.
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class TableConfig:
-  """A table of experiments: tasks times rows, each cell an AUDIT of its own.
+  """A table of experiments: tasks times rows, each cell a run of its own.
 
   Attributes:
-    subject: PIPELINES, or RESULTS, which the other fields are about.
+    subject: PIPELINES; RESULTS, whose cells are AUDIT jobs; or TRAINING, whose
+      cells are TRAIN jobs. The other fields are about the latter two.
     title: above the table.
     cell_config: the file in `configs/` that makes one cell's experiment of
       "TASK,ROW,SIZE"; every cell can be run by itself.
@@ -55,7 +57,7 @@ def names(text: str) -> tuple[str, ...]:
 
 def validate(config: TableConfig) -> None:
   """Raises ValueError, naming the field, its value and what to do."""
-  if config.subject is not TableSubject.RESULTS:
+  if config.subject is TableSubject.PIPELINES:
     return
   for field in ("cell_config", "tasks", "rows", "size"):
     if not names(getattr(config, field)):

@@ -97,6 +97,32 @@ def test_a_cell_is_a_command_that_a_person_may_give(tmp_path):
   assert f"--workdir={tmp_path}/cells/fsdd/private" in command
 
 
+def test_a_table_of_training_trains_and_draws(monkeypatch, tmp_path):
+  def fake(command, check):
+    del check
+    flags = dict(flag.lstrip("-").split("=", 1) for flag in command[3:])
+    assert flags["config.job"] == "TRAIN"
+    folder = pathlib.Path(flags["workdir"])
+    folder.mkdir(parents=True)
+    rows = [
+      {"split": split, "step": step, "epoch": step / 2, "accuracy": 0.5}
+      | {"nonprivate/loss/task": 1.0 / step}
+      for split in ("train", "test")
+      for step in (1, 2, 3, 4)
+    ]
+    (folder / "metrics.jsonl").write_text(
+      "".join(f"{json.dumps(row)}\n" for row in rows)
+    )
+    (folder / "summary.json").write_text('{"accuracy": 0.625}')
+    return subprocess.CompletedProcess(command, 0)
+
+  monkeypatch.setattr(study, "subprocess", types.SimpleNamespace(run=fake))
+  config = experiment(subject=config_lib.TableSubject.TRAINING, tasks="fsdd")
+  assert "0.6250" in study.table(config, tmp_path)
+  for name in ("losses", "indicators"):
+    assert (tmp_path / "figures" / f"{name}.png").exists()
+
+
 @pytest.mark.parametrize(
   ("field", "value", "says"),
   [
