@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,84 @@ import pytest
 
 from ppnet.core import records
 from ppnet.data import prepare
-from ppnet.train import checkpoint, loop, watching
+from ppnet.train import checkpoint, goodput, loop, metrics, watching
 from tests import tiny
 
 LIMIT_SECS = 0.3
+
+
+class Clock:
+  """Seconds since 1970, set by the test."""
+
+  def __init__(self, monkeypatch):
+    self.now = 1_000_000.0
+    clock = types.SimpleNamespace(
+      time=lambda: self.now, perf_counter=lambda: self.now
+    )
+    for module in (watching, goodput):
+      monkeypatch.setattr(module, "time", clock)
+
+
+def batch_of(num_rows):
+  """Rows of 8 positions, and padding."""
+  return {
+    "tokens": np.zeros((4, 8), np.int32),
+    "is_padding_example": np.arange(4) >= num_rows,
+  }
+
+
+def test_a_step_s_time_is_its_own(tmp_path, monkeypatch):
+  clock = Clock(monkeypatch)
+  program = types.SimpleNamespace(
+    mesh=jax.make_mesh((1,), ("data",), devices=jax.devices()[:1]),
+    mechanism=types.SimpleNamespace(expected_batch_size=6.0, rows_per_unit=2),
+    abstract_state=types.SimpleNamespace(params={}),
+    abstract_frozen={},
+  )
+
+  def steps():
+    for number, secs in enumerate((0.0, 1.0, 0.25)):
+      clock.now += secs
+      # The draws differ, and with them what a step would seem to have done.
+      yield {"step": number, "microbatches": [batch_of(number + 1)]}
+
+  seen = []
+  with watching.Watch(
+    tiny.experiment(), tmp_path, program, began=clock.now, log=io.StringIO()
+  ) as watch:
+    clock.now += 3
+    watch.begin(0, lengths=(8,), writer=metrics.NoWriter())
+    for data in watch.each(steps()):
+      with watch.sending(data) as sent:
+        clock.now += 0.1 if data["step"] else 5  # The first one compiles.
+      clock.now += 2  # The devices.
+      sent.ended.set_result(clock.now)
+      clock.now += 0.5  # Until it is fetched.
+      seen.append(
+        {
+          name.removeprefix(watching.PREFIX): value
+          for name, value in watch.ended(sent).items()
+        }
+      )
+      if data["step"] == 0:
+        with watch.away("evaluation", "an evaluation"):
+          clock.now += 7
+  first, second, third = seen
+  assert first["step_secs"] is first["tokens_per_sec"] is None
+  assert second["step_secs"] == pytest.approx(0.5 + 1 + 0.1 + 2)
+  assert third["step_secs"] == pytest.approx(0.5 + 0.25 + 0.1 + 2)
+  assert [one["data_wait_secs"] for one in seen] == [0, 1, 0.25]
+  assert third["examples_per_sec"] == pytest.approx(6 / 2.85)
+  assert third["tokens_per_sec"] == pytest.approx(6 * 2 * 8 / 2.85)
+  assert third["goodput"] == pytest.approx((2 + 2.1 + 2.1) / 23.95)
+  secs = records.read_json(tmp_path / "machine.json")["nonprivate/secs"]
+  assert secs["start"] == 3
+  assert secs["compile"] == 5
+  assert secs["evaluation"] == 7
+  assert secs["step"] == pytest.approx(6.2)
+  # Waiting for data, and between the end of a step and the next one's.
+  assert secs["idle"] == pytest.approx(1 + 0.25 + 3 * 0.5)
+  # Fails if: an evaluation is part of a step, or a wait for data of the work.
 
 
 @pytest.fixture(scope="module")
