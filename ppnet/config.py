@@ -319,6 +319,8 @@ class PerfConfig:
     data_threads: threads that decode and batch.
     data_workers: processes that do, each with so many threads; 0: this one.
     prefetch_steps: steps of data kept ready.
+    stall_secs: what waits longer is reported: for data, the devices, a
+      checkpoint, an evaluation's batch or another process.
   """
 
   engine: Engine = Engine.AUTO
@@ -326,6 +328,7 @@ class PerfConfig:
   data_threads: int = 1
   data_workers: int = 0
   prefetch_steps: int = 2
+  stall_secs: float = 300.0
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -643,6 +646,7 @@ def _validate_training(config: ExperimentConfig) -> None:
       "perf.microbatch_size": config.perf.microbatch_size,
       "perf.data_threads": config.perf.data_threads,
       "perf.prefetch_steps": config.perf.prefetch_steps,
+      "perf.stall_secs": config.perf.stall_secs,
       "bench.rounds": config.bench.rounds,
       "optimizer.learning_rate": optimizer.learning_rate,
     }

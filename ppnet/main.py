@@ -46,7 +46,14 @@ from ppnet.report import (
   tables,
   throughput,
 )
-from ppnet.train import attention_maps, compile_only, loop, preemption
+from ppnet.train import (
+  attention_maps,
+  compile_only,
+  goodput,
+  loop,
+  preemption,
+  profiling,
+)
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Experiment file, as FILE or FILE:ARG.", lock_config=False
@@ -81,6 +88,13 @@ _NUM_PROCESSES = flags.DEFINE_integer(
 _PROCESS_ID = flags.DEFINE_integer(
   "process_id", None, "Which of them this is, from 0."
 )
+_PROFILE_STEPS = flags.DEFINE_string(
+  "profile_steps",
+  None,
+  "FIRST:LAST: traces these steps of a TRAIN job, both included, from 1;"
+  " `tensorboard --logdir=WORKDIR/tensorboard` shows the trace (with the plugin"
+  " that `pip install xprof` brings).",
+)
 _SWEEP_COLUMNS = (
   "accuracy",
   "f1",
@@ -102,7 +116,11 @@ def train(config: config_lib.ExperimentConfig, workdir: pathlib.Path) -> None:
     experiment = loop.open_experiment(config, workdir)
     if hosts.is_first():
       print(_plan(experiment), flush=True)
-    summary, state = loop.train(experiment)
+    summary, state = loop.train(
+      experiment,
+      began=goodput.process_start(),
+      profile_steps=_profile_steps(config),
+    )
     attack = audit.loss_attack(experiment, state.params)
     # Written last: a folder with a summary is a finished run.
     summary |= {"leakage": attack.advantage, "attack": attack}
@@ -113,6 +131,23 @@ def train(config: config_lib.ExperimentConfig, workdir: pathlib.Path) -> None:
   figure = figures.training_figure(workdir)
   print(f"\n{tables.summary_table(summary)}\n\nrecords: {workdir}")
   print(f"figure:  {figure}")
+
+
+def _profile_steps(
+  config: config_lib.ExperimentConfig,
+) -> profiling.Steps | None:
+  """The steps that --profile_steps names."""
+  # A function's caller in Python has parsed no flags.
+  if not flags.FLAGS.is_parsed() or _PROFILE_STEPS.value is None:
+    return None
+  if config.job is not config_lib.Job.TRAIN or _SWEEP.value is not None:
+    checks.fail(
+      "--profile_steps with one TRAIN job",
+      "Leave it out, or give --config.job=TRAIN without --sweep.",
+      profile_steps=_PROFILE_STEPS.value,
+      **{"config.job": config.job.name},
+    )
+  return profiling.parse(_PROFILE_STEPS.value, num_steps=config.train.num_steps)
 
 
 def evaluate(
@@ -487,6 +522,7 @@ def _main(argv: Sequence[str]) -> None:
   default = workdirs.run_name(name, arguments.overrides)
   workdir = pathlib.Path(_WORKDIR.value or pathlib.Path("runs") / default)
   try:
+    _profile_steps(config)  # A mistake is told before anything is done.
     if _SWEEP.value is None:
       run_job(config, workdir)
     else:

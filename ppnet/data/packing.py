@@ -216,13 +216,28 @@ class PackedExamples:
       in no row.
   """
 
-  def __init__(self, examples: examples_lib.Examples):
+  def __init__(
+    self, examples: examples_lib.Examples, *, unit: config_lib.PrivacyUnit
+  ):
     """Reads every text once, and decodes nothing.
 
+    Args:
+      examples: the records.
+      unit: what the guarantee will be about. Records of two people in one row
+        are clipped together, so nobody's share of it is bounded: only of a row
+        can anything be claimed.
+
     Raises:
-      ValueError: records have media, or a class for an answer.
+      ValueError: the unit is no row, or records have media, or a class for an
+        answer.
       sources.BadRecordError: a bad record, where they are not skipped.
     """
+    if unit is not config_lib.PrivacyUnit.PACKED_ROW:
+      checks.fail(
+        "privacy.unit=PACKED_ROW for rows of several records",
+        "Give each record a row of its own (`examples.Examples`).",
+        unit=unit.name,
+      )
     self.layout = examples.layout
     if self.layout.counts or (self.layout.task is config_lib.Task.CLASSIFY):
       checks.fail(

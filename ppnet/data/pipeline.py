@@ -186,7 +186,9 @@ def training_examples(
 ) -> AnyExamples:
   """The train split as it is trained on: augmented, or in packed rows."""
   if config.privacy.unit is config_lib.PrivacyUnit.PACKED_ROW:
-    return packing.PackedExamples(examples(config, prepared_dir, split="train"))
+    return packing.PackedExamples(
+      examples(config, prepared_dir, split="train"), unit=config.privacy.unit
+    )
   return examples(config, prepared_dir, split="train", augmented=True)
 
 

@@ -13,12 +13,11 @@ import dataclasses
 import pathlib
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import tqdm
 from absl import logging
 
 from ppnet import config as config_lib
@@ -28,7 +27,7 @@ from ppnet.data import pipeline, prepare, sources, tokenizers
 from ppnet.privacy import correlated, input_privacy
 from ppnet.privacy import ledger as ledger_lib
 from ppnet.privacy import mechanism as mechanism_lib
-from ppnet.train import checkpoint, metrics, preemption
+from ppnet.train import checkpoint, metrics, preemption, watching
 from ppnet.train import program as program_lib
 from ppnet.train import state as state_lib
 
@@ -39,8 +38,7 @@ _NO_GUARANTEE_OF_ATTENTION_NOISE = (
 )
 
 
-class NonFiniteError(RuntimeError):
-  """Training produced infinities or NaNs and cannot go on."""
+NonFiniteError = metrics.NonFiniteError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -224,13 +222,19 @@ def open_experiment(
 
 
 def train(
-  experiment: Experiment, *, log: Any = sys.stderr
+  experiment: Experiment,
+  *,
+  log: Any = sys.stderr,
+  began: float | None = None,
+  profile_steps: tuple[int, int] | None = None,
 ) -> tuple[dict[str, Any], state_lib.TrainState]:
   """Trains to the end, or to the end of the budget, and saves the result.
 
   Args:
     experiment: from `open_experiment`.
-    log: where the progress bar goes.
+    log: where the progress bar goes, and reports of stalls.
+    began: when this process began, in Unix time; now, where it is None.
+    profile_steps: the first and the last step of a trace, from 1.
 
   Returns:
     The run's final numbers, for `summary.json`, and the final state.
@@ -241,14 +245,22 @@ def train(
     ValueError: the workdir's checkpoints and ledger do not belong together.
     data.sources.BadRecordError: a record cannot be decoded, under RAISE.
   """
-  run = _Run(experiment)
-  try:
-    # Only explicit transfers: an implicit one in the loop is a stall.
-    with preemption.listening() as notice, jax.transfer_guard("disallow"):
-      stopped = run.steps(log, notice)
-    return run.finish(stopped_by_budget=stopped), run.state
-  finally:
-    run.close()
+  with watching.Watch(
+    experiment.config,
+    experiment.workdir,
+    experiment.program,
+    began=time.time() if began is None else began,
+    log=log,
+    profile_steps=profile_steps,
+  ) as watch:
+    run = _Run(experiment, watch)
+    try:
+      # Only explicit transfers: an implicit one in the loop is a stall.
+      with preemption.listening() as notice, jax.transfer_guard("disallow"):
+        stopped = run.steps(log, notice)
+      return run.finish(stopped_by_budget=stopped), run.state
+    finally:
+      run.close()
 
 
 class Predictions(NamedTuple):
@@ -271,7 +283,11 @@ class Predictions(NamedTuple):
 
 
 def evaluate(
-  experiment: Experiment, params: Any, *, split: str = "test"
+  experiment: Experiment,
+  params: Any,
+  *,
+  split: str = "test",
+  on_batch: Callable[[int], Any] = lambda number: None,
 ) -> dict[str, float]:
   """Scores over one split.
 
@@ -279,12 +295,13 @@ def evaluate(
     experiment: from `open_experiment`.
     params: parameters on the program's mesh.
     split: "train" or "test".
+    on_batch: see `predictions`.
 
   Returns:
     The loss; with accuracy, macro F1 and AUC under CLASSIFY, and bits per byte
     and perplexity under the other tasks.
   """
-  found = predictions(experiment, params, split=split)
+  found = predictions(experiment, params, split=split, on_batch=on_batch)
   scores = {"loss": float(found.losses.mean())}
   if found.logits is not None and found.labels is not None:
     return scores | metrics.classification(
@@ -297,16 +314,26 @@ def evaluate(
 
 
 def predictions(
-  experiment: Experiment, params: Any, *, split: str
+  experiment: Experiment,
+  params: Any,
+  *,
+  split: str,
+  on_batch: Callable[[int], Any] = lambda number: None,
 ) -> Predictions:
-  """Every readable record of the split once, in order."""
+  """Every readable record of the split once, in order.
+
+  After each batch `on_batch` is told how many are done.
+  """
   program = experiment.program
   dataset = experiment.datasets[split]
   rows: dict[str, list[np.ndarray]] = {}
-  for batch in pipeline.eval_batches(
-    dataset,
-    batch_size=experiment.config.perf.microbatch_size,
-    host=program.host,
+  for number, batch in enumerate(
+    pipeline.eval_batches(
+      dataset,
+      batch_size=experiment.config.perf.microbatch_size,
+      host=program.host,
+    ),
+    start=1,
   ):
     placed = program.put_batch(batch)
     loss, logits = program.evaluate(params, placed, program.root_key)
@@ -330,6 +357,7 @@ def predictions(
     for name, value in found.items():
       if value is not None:
         rows.setdefault(name, []).append(value[real])
+    on_batch(number)
   experiment.note_bad_records(dataset.bad_records.causes)
   whole: dict[str, Any] = {
     name: np.concatenate(rows[name]) if name in rows else None
@@ -370,8 +398,9 @@ def restore(
 class _Run:
   """One process's run: the state between steps and the open files."""
 
-  def __init__(self, experiment: Experiment):
+  def __init__(self, experiment: Experiment, watch: watching.Watch):
     config = experiment.config
+    self._watch = watch
     self._experiment = experiment
     self._config = config
     self._program = experiment.program
@@ -380,8 +409,9 @@ class _Run:
       experiment.workdir / "checkpoints",
       keep=config.train.checkpoints_to_keep,
     )
-    self.state, self._ledger = self._start()
-    self._start_step = int(jax.device_get(self.state.step))
+    with watch.waiting_for("the newest checkpoint"):
+      self.state, self._ledger = self._start()
+      self._start_step = int(jax.device_get(self.state.step))
     self._steps_data = iter(
       pipeline.train_steps(
         experiment.training,
@@ -397,7 +427,6 @@ class _Run:
         host=self._program.host,
       )
     )
-    self._waited_secs = 0.0
     self._step = self._start_step
     entropy = hosts.from_first(lambda: mechanism_lib.noise_root_entropy(config))
     self._noise_key = self._program.put(prng.root(entropy))
@@ -405,7 +434,6 @@ class _Run:
     self._clips_each_example = (
       self._mechanism.clipping is config_lib.Clipping.PER_EXAMPLE
     )
-    self._first_report: tuple[int, float] | None = None
     self._writer = metrics.writer(
       experiment.workdir if hosts.is_first() else None,
       start_step=self._start_step,
@@ -473,42 +501,42 @@ class _Run:
   def steps(self, log: Any, notice: preemption.Notice) -> bool:
     """Runs what is left; True where the budget ended it early."""
     train = self._config.train
-    bar = tqdm.tqdm(
-      total=train.num_steps,
-      initial=self._start_step,
-      desc=self._config.name,
-      unit="step",
-      file=log,
-      dynamic_ncols=True,
-      mininterval=0.1 if log.isatty() else 10.0,
-      disable=not hosts.is_first(),
-    )
+    watch = self._watch
+    lengths = self._experiment.training.layout.lengths
+    watch.begin(self._start_step, lengths=lengths, writer=self._writer)
     pending = None
-    with bar:
-      for data in self._timed(self._steps_data):
+    with watching.progress_bar(
+      self._config, num_done=self._start_step, log=log
+    ) as bar:
+      for data in watch.each(self._steps_data):
         step = data["step"]
         self._experiment.note_bad_records(data["bad_records"])
         try:
-          self._ledger.charge(step)
+          with watch.waiting_for(f"the ledger's charge of step {step + 1}"):
+            self._ledger.charge(step)
         except ledger_lib.BudgetExhausted as error:
           self._report(pending, bar)
           bar.write(f"Stopped before step {step + 1}: {error}", file=log)
           return True
         dispatched = self._dispatch(data)
         self._report(pending, bar)
-        pending = (step, self._ledger.epsilon, self._waited_secs, *dispatched)
+        pending = (self._ledger.epsilon, *dispatched)
         self._step = step + 1
         evaluating = self._step % train.eval_every_steps == 0
         saving = self._step % train.checkpoint_every_steps == 0
-        if evaluating or saving or self._step == train.num_steps:
+        tracing = watch.changes_after(self._step)
+        if evaluating or saving or tracing or self._step == train.num_steps:
           # Nothing is saved before its own metrics were seen to be finite.
           self._report(pending, bar)
           pending = None
+          watch.done(self._step)
         if evaluating and self._step < train.num_steps:
           self._evaluate()
         if saving and self._step < train.num_steps:
           self._save()
-        if self._step < train.num_steps and notice.reached(self._step):
+        with watch.waiting_for(f"whether to end after step {self._step}"):
+          told = self._step < train.num_steps and notice.reached(self._step)
+        if told:
           self._end_early(pending, bar)
     return False
 
@@ -517,25 +545,22 @@ class _Run:
     self._report(pending, bar)
     if self._checkpoints.latest_step() != self._step:
       self._save()
-    self._checkpoints.wait()
+    self._wait()
     raise preemption.PreemptedError(
       f"Told to end (SIGTERM) after step {self._step} of"
       f" {self._config.train.num_steps}; it is saved. The same command goes on"
       " from there."
     )
 
-  def _timed(self, steps: Iterator[Any]) -> Iterator[Any]:
-    """The same steps, noting how long the loop waits for each."""
-    while True:
-      began = time.perf_counter()
-      data = next(steps, None)
-      self._waited_secs = time.perf_counter() - began
-      if data is None:
-        return
-      yield data
-
-  def _dispatch(self, data: Mapping[str, Any]) -> tuple[list[Any], Any]:
+  def _dispatch(self, data: Mapping[str, Any]) -> tuple[Any, list[Any], Any]:
     """Sends one step to the device; returns its unfetched diagnostics."""
+    with self._watch.sending(data) as sent:
+      parts, scalars = self._send(data)
+    self._watch.follow(sent, scalars)
+    return sent, parts, scalars
+
+  def _send(self, data: Mapping[str, Any]) -> tuple[list[Any], Any]:
+    """The calls of one step."""
     program = self._program
     grad_sum = program.init_grad_sum(self.state.params)
     parts = []
@@ -559,8 +584,10 @@ class _Run:
     """Fetches and writes a step's metrics; raises if they are not finite."""
     if pending is None:
       return
-    step, epsilon, waited_secs, parts, scalars = pending
-    parts, scalars = jax.device_get((parts, scalars))
+    epsilon, sent, parts, scalars = pending
+    step = sent.num_done
+    with self._watch.waiting_for(f"the devices at step {step}"):
+      parts, scalars = jax.device_get((parts, scalars))
     noise = self._config.attention_noise
     row = metrics.step_metrics(
       parts,
@@ -568,17 +595,23 @@ class _Run:
       l2_clip_norm=self._mechanism.reported_clip_norm(scalars.get("clip_norm")),
       consistency_weight=noise.consistency_weight if noise.stddev else 0.0,
     )
-    self._check_finite(row, scalars, step=step + 1)
-    rate = self._examples_per_sec(step)
+    machine = self._watch.ended(sent)
+    # Under per-example clipping a bad example counts as zero; else it ends.
+    metrics.check_finite(
+      row,
+      scalars,
+      step=step,
+      tolerated=self._clips_each_example,
+      learning_rate=self._config.optimizer.learning_rate,
+      saved=self._checkpoints.latest_step(),
+    )
     self._writer.write(
       {
         "split": "train",
-        "step": step + 1,
-        "epoch": (step + 1) * self._mechanism.sampling_prob,
+        "step": step,
+        "epoch": step * self._mechanism.sampling_prob,
         "epsilon": epsilon,
         "learning_rate": float(scalars["learning_rate"]),
-        "examples_per_sec": rate,
-        "data_wait_secs": waited_secs,
       }
       | (
         {"clip_norm": float(scalars["clip_norm"])}
@@ -586,57 +619,25 @@ class _Run:
         else {}
       )
       | row
+      | machine
     )
-    loss = row["nonprivate/loss/total"]
-    bar.set_postfix_str(
-      f"loss {'-' if loss is None else format(loss, '.3f')},"
-      f" ε {epsilon:.2f},"
-      f" {'-' if rate is None else format(rate, '.0f')} examples/s",
-      refresh=False,
+    text = self._watch.progress(
+      loss=row["nonprivate/loss/total"], epsilon=epsilon
     )
+    bar.set_postfix_str(text, refresh=False)
     bar.update(1)
-
-  def _examples_per_sec(self, step: int) -> float | None:
-    """Expected examples per second since the first step, which compiled.
-
-    From the expected batch size: the realised one is private. Evaluations and
-    waiting for data are in the time.
-    """
-    now = time.perf_counter()
-    if self._first_report is None:
-      self._first_report = (step, now)
-      return None
-    first_step, first_time = self._first_report
-    examples = (step - first_step) * self._mechanism.expected_batch_size
-    return examples / max(now - first_time, 1e-9)
-
-  def _check_finite(
-    self, row: Mapping[str, Any], scalars: Mapping[str, Any], *, step: int
-  ) -> None:
-    """Under per-example clipping a bad example counts as zero; else it ends."""
-    bad, size = (
-      row["nonprivate/nonfinite_examples"],
-      row["nonprivate/batch_size"],
-    )
-    tolerated = self._clips_each_example and bad < max(size, 1)
-    if bool(scalars["params_finite"]) and (bad == 0 or tolerated):
-      return
-    what = (
-      f"{bad} of {size} examples have a non-finite loss or gradient"
-      if bad
-      else "the parameters are not finite"
-    )
-    saved = self._checkpoints.latest_step()
-    raise NonFiniteError(
-      f"Step {step}: {what}. Lower optimizer.learning_rate"
-      f"={self._config.optimizer.learning_rate} or look at the data. The newest"
-      f" checkpoint is {'none' if saved is None else f'step {saved}'}; nothing"
-      " was saved from this step."
-    )
 
   def _evaluate(self) -> dict[str, float]:
     """Evaluates on the test split and writes a row."""
-    scores = evaluate(self._experiment, self.state.params)
+    what = f"the evaluation after step {self._step}"
+    with self._watch.away("evaluation", what):
+      scores = evaluate(
+        self._experiment,
+        self.state.params,
+        on_batch=lambda number: self._watch.now(
+          f"{what}, behind batch {number}"
+        ),
+      )
     self._writer.write(
       {
         "split": "test",
@@ -651,27 +652,33 @@ class _Run:
 
   def _save(self) -> None:
     """Starts a checkpoint of the state and everything that goes with it."""
-    self._writer.flush()
-    self._checkpoints.save(
-      self.state,
-      step=self._step,
-      position={
-        # Step t of the data is a function of t: this is all their state.
-        "data": {"next_step": self._step},
-        "sampler": self._mechanism.claim()["sampler"],
-        "charged_steps": self._ledger.charged_steps,
-        "fingerprint": jax.device_get(
-          self._program.fingerprint(self.state)
-        ).tolist(),
-      },
-    )
+    with self._watch.away("checkpoint", f"the checkpoint of step {self._step}"):
+      self._writer.flush()
+      self._checkpoints.save(
+        self.state,
+        step=self._step,
+        position={
+          # Step t of the data is a function of t: this is all their state.
+          "data": {"next_step": self._step},
+          "sampler": self._mechanism.claim()["sampler"],
+          "charged_steps": self._ledger.charged_steps,
+          "fingerprint": jax.device_get(
+            self._program.fingerprint(self.state)
+          ).tolist(),
+        },
+      )
+
+  def _wait(self) -> None:
+    """Blocks until every started checkpoint is on disk."""
+    with self._watch.away("checkpoint", "the checkpoints to be on disk"):
+      self._checkpoints.wait()
 
   def finish(self, *, stopped_by_budget: bool) -> dict[str, Any]:
     """Final evaluation and checkpoint; returns the run's numbers."""
     scores = self._evaluate()
     if self._checkpoints.latest_step() != self._step:
       self._save()
-    self._checkpoints.wait()
+    self._wait()
     return {
       "name": self._config.name,
       "status": "stopped_by_budget" if stopped_by_budget else "complete",
@@ -685,10 +692,12 @@ class _Run:
       "num_units": self._mechanism.sampler.num_examples,
       "num_test": self._experiment.card.num_test,
       **metrics.totals(self._experiment.workdir),
+      **self._watch.totals(self._experiment.workdir),
       "bad_records": self._experiment.bad_records.causes,
     }
 
   def close(self) -> None:
     """Closes files and waits for saves."""
     self._writer.close()
-    self._checkpoints.close()
+    with self._watch.waiting_for("the checkpoints to be closed"):
+      self._checkpoints.close()

@@ -6,6 +6,7 @@ the guarantee does not cover it. That includes every training loss.
 
 import math
 import pathlib
+import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -70,6 +71,49 @@ def step_metrics(
       row["nonprivate/clipped_fraction"] = _mean(norms > l2_clip_norm)
       row["nonprivate/clip_excess"] = _mean(np.maximum(norms - l2_clip_norm, 0))
   return row
+
+
+class NonFiniteError(RuntimeError):
+  """Training produced infinities or NaNs and cannot go on."""
+
+
+def check_finite(
+  row: Mapping[str, Any],
+  scalars: Mapping[str, Any],
+  *,
+  step: int,
+  tolerated: bool,
+  learning_rate: float,
+  saved: int | None,
+) -> None:
+  """Raises unless training can go on after a step.
+
+  Args:
+    row: of `step_metrics`.
+    scalars: from `step.update`.
+    step: its number, for people.
+    tolerated: a bad example counts as zero, as long as there is a good one.
+    learning_rate: of the configuration, for people.
+    saved: the newest checkpoint's step.
+
+  Raises:
+    NonFiniteError: the parameters are not finite, or examples that count.
+  """
+  bad, size = row["nonprivate/nonfinite_examples"], row["nonprivate/batch_size"]
+  tolerated = tolerated and bad < max(size, 1)
+  if bool(scalars["params_finite"]) and (bad == 0 or tolerated):
+    return
+  what = (
+    f"{bad} of {size} examples have a non-finite loss or gradient"
+    if bad
+    else "the parameters are not finite"
+  )
+  raise NonFiniteError(
+    f"Step {step}: {what}. Lower optimizer.learning_rate={learning_rate} or"
+    " look at the data. The newest checkpoint is"
+    f" {'none' if saved is None else f'step {saved}'}; nothing was saved from"
+    " this step."
+  )
 
 
 def totals(workdir: pathlib.Path) -> dict[str, float | int | None]:
@@ -166,6 +210,9 @@ class NoWriter:
   def write(self, row: Mapping[str, Any]) -> None:
     """Forgets the row."""
 
+  def write_durably(self, row: Mapping[str, Any]) -> None:
+    """Forgets the row."""
+
   def flush(self) -> None:
     """Nothing was written."""
 
@@ -183,10 +230,11 @@ def writer(
 
 
 class Writer:
-  """Appends rows to `metrics.jsonl` and to TensorBoard."""
+  """Appends rows to `metrics.jsonl` and to TensorBoard; for several threads."""
 
   def __init__(self, workdir: pathlib.Path, *, start_step: int):
     """Opens both; after a resume, steps from `start_step` are written again."""
+    self._lock = threading.RLock()
     self._log = records.JsonLinesLog(workdir / "metrics.jsonl")
     self._board = tensorboardX.SummaryWriter(
       str(workdir / "tensorboard"), purge_step=start_step or None
@@ -194,25 +242,34 @@ class Writer:
 
   def write(self, row: Mapping[str, Any]) -> None:
     """One row with "split" and "step"; numbers also go to TensorBoard."""
-    self._log.append(row)
-    for name, value in row.items():
-      # TensorBoard knows no infinity, and warns of each.
-      if (
-        isinstance(value, int | float)
-        and name != "step"
-        and math.isfinite(value)
-      ):
-        self._board.add_scalar(f"{row['split']}/{name}", value, row["step"])
+    with self._lock:
+      self._log.append(row)
+      for name, value in row.items():
+        # TensorBoard knows no infinity, and warns of each.
+        if (
+          isinstance(value, int | float)
+          and name != "step"
+          and math.isfinite(value)
+        ):
+          self._board.add_scalar(f"{row['split']}/{name}", value, row["step"])
+
+  def write_durably(self, row: Mapping[str, Any]) -> None:
+    """Writes a row that is on disk when this returns."""
+    with self._lock:
+      self.write(row)
+      self.flush()
 
   def flush(self) -> None:
     """Makes what was written durable."""
-    self._log.flush()
-    self._board.flush()
+    with self._lock:
+      self._log.flush()
+      self._board.flush()
 
   def close(self) -> None:
     """Flushes and closes."""
-    self._log.close()
-    self._board.close()
+    with self._lock:
+      self._log.close()
+      self._board.close()
 
 
 def _concatenate(arrays: Sequence[Any], dtype: Any) -> np.ndarray:

@@ -155,8 +155,12 @@ def _examples(*lengths, task=config_lib.Task.CAUSAL, skip=False):
   )
 
 
+def _packed(examples, unit=config_lib.PrivacyUnit.PACKED_ROW):
+  return packing.PackedExamples(examples, unit=unit)
+
+
 def test_whole_records_share_rows_in_their_order():
-  packed = packing.PackedExamples(_examples(3, 5, 2, 9, 1, 1))
+  packed = _packed(_examples(3, 5, 2, 9, 1, 1))
   # A text of n letters takes n positions: <s> takes one, the last letter none.
   assert [packed.records(row) for row in range(len(packed))] == [
     [0, 1], [2], [3], [4, 5],
@@ -173,7 +177,7 @@ def test_whole_records_share_rows_in_their_order():
 
 
 def test_packed_rows_are_drawn_and_padded_as_units():
-  packed = packing.PackedExamples(_examples(3, 5, 2, 8))
+  packed = _packed(_examples(3, 5, 2, 8))
   (step,) = pipeline.train_steps(
     packed,
     draw=lambda step: np.array([0, 2]),
@@ -189,14 +193,32 @@ def test_packed_rows_are_drawn_and_padded_as_units():
   assert batch["segment_ids"].shape == (4, 8)
 
 
+def test_padding_of_rows_counts_for_nothing():
+  packed = _packed(_examples(3, 5, 2, 8))
+  batch = packed.batch([None, examples_lib.Row(1), None], size=4)
+  assert batch["is_padding_example"].tolist() == [False] + [True] * 3
+  assert batch["index"].tolist() == [1, -1, -1, -1]
+  for name in ("loss_mask", "num_bytes"):
+    assert not batch[name][1:].any()
+  # Fails if: the template of the padding is taken for a row.
+
+
+def test_records_of_two_people_share_no_row_that_is_no_unit():
+  for unit in config_lib.PrivacyUnit:
+    if unit is not config_lib.PrivacyUnit.PACKED_ROW:
+      with pytest.raises(ValueError, match=f"rows of several.*{unit.name}"):
+        _packed(_examples(3, 5), unit=unit)
+  # Fails if: an example's guarantee is claimed of what is clipped together.
+
+
 def test_a_bad_record_is_in_no_row_if_it_is_skipped():
   with pytest.raises(sources.BadRecordError, match="text is empty"):
-    packing.PackedExamples(_examples(3, 0, 4))
-  packed = packing.PackedExamples(_examples(3, 0, 4, skip=True))
+    _packed(_examples(3, 0, 4))
+  packed = _packed(_examples(3, 0, 4, skip=True))
   assert packed.records(0) == [0, 2]
   assert packed.bad_records.ids == ("r1",)
 
 
 def test_classes_are_not_packed():
   with pytest.raises(ValueError, match="task='CLASSIFY'"):
-    packing.PackedExamples(_examples(3, task=config_lib.Task.CLASSIFY))
+    _packed(_examples(3, task=config_lib.Task.CLASSIFY))

@@ -259,6 +259,57 @@ def test_views_differ_and_depend_on_step_record_and_view_alone():
   # Fails if: a view depends on its batch, or repeats itself.
 
 
+def test_each_random_transformation_draws_its_own_numbers():
+  def values(num_jitters):
+    jitters = [tiny_examples.Jitter() for _ in range(num_jitters)]
+    dataset = tiny_examples.examples(
+      9, transforms=(tiny_examples.Spread(), *jitters)
+    )
+    (step,) = _steps(dataset, lambda step: np.array([3]), num_steps=1)
+    return float(_draws(step, 0)) - 4  # Record 3 shows 4.
+
+  first = values(1)
+  second = values(2) - first
+  assert 0 < first < 1
+  assert 0 < second < 1
+  assert abs(first - second) > 1e-3
+  names = {
+    examples_lib._stream(name, number, place)
+    for name in ("image", "audio")
+    for number in range(3)
+    for place in range(3)
+  }
+  assert len(names) == 18
+  # Fails if: items or transformations of a record share their numbers.
+
+
+def test_the_seed_names_the_views():
+  def value(seed):
+    dataset = tiny_examples.examples(
+      9, transforms=(tiny_examples.Spread(), tiny_examples.Jitter()), seed=seed
+    )
+    (step,) = _steps(dataset, lambda step: np.array([3]), num_steps=1)
+    return float(_draws(step, 0))
+
+  assert value(7) == value(7) != value(8)
+
+
+@pytest.mark.parametrize(
+  "num_workers", [pytest.param(1, marks=pytest.mark.slow), 2]
+)
+def test_worker_processes_change_nothing(num_workers):
+  dataset = tiny_examples.examples(
+    23, transforms=(tiny_examples.Spread(), tiny_examples.Jitter())
+  )
+  options = {"num_views": 2, "num_threads": 1, "start_step": 1}
+  alone = list(_steps(dataset, _poisson, **options))
+  apart = list(_steps(dataset, _poisson, num_workers=num_workers, **options))
+  assert len(apart) == 4
+  for ours, theirs in zip(apart, alone, strict=True):
+    tiny_examples.assert_equal(ours, theirs)
+  # Fails if: a view, or a draw, depends on the process that makes it.
+
+
 def test_padding_stays_zero_behind_elementwise_transformations():
   dataset = tiny_examples.examples(
     9, transforms=(tiny_examples.Spread(), tiny_examples.Halve())

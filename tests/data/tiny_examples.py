@@ -72,7 +72,7 @@ class Halve(grain.transforms.Map):
 
 
 def examples(
-  count: int, *, transforms=(Spread(),), lengths=(), has_text=False
+  count: int, *, transforms=(Spread(),), lengths=(), has_text=False, seed=7
 ) -> examples_lib.Examples:
   """Examples of a `Tiny` source."""
   config = conftest.digits_config()
@@ -93,7 +93,7 @@ def examples(
     chains={"image": examples_lib.Chain(transforms, shape=(2, 3))},
     skip=False,
     cache=True,
-    seed=7,
+    seed=seed,
   )
 
 

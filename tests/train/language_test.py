@@ -1,13 +1,20 @@
 """Scores of words, and runs whose records are texts."""
 
+import dataclasses
 import math
 
+import flax.linen as nn
+import jax
 import numpy as np
 import pytest
 
 from ppnet import config as config_lib
 from ppnet.core import records
-from ppnet.train import loop, metrics
+from ppnet.data import examples as examples_lib
+from ppnet.data import packing, pipeline, prepare
+from ppnet.models import multimodal
+from ppnet.train import loop, losses, metrics
+from ppnet.train import step as step_lib
 from tests import tiny
 
 
@@ -75,3 +82,73 @@ def test_a_run_on_texts_reports_bits_per_byte_and_its_unit(tmp_path, unit):
     ledger = records.read_json(workdir / "privacy.json")
     assert ledger["num_examples"] == summary["num_units"]
   # Fails if: the accountant counts records where rows are drawn.
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+  """A configuration and its prepared texts."""
+  folder = tmp_path_factory.mktemp("texts")
+  config = _experiment(folder)
+  prepare.prepare(config.data, folder / "prepared", progress=False)
+  return config, folder / "prepared"
+
+
+def _with_unit(config, unit):
+  return dataclasses.replace(
+    config,
+    privacy=dataclasses.replace(
+      config.privacy, unit=config_lib.PrivacyUnit[unit]
+    ),
+  )
+
+
+def test_n_counts_what_is_clipped(texts):
+  config, folder = texts
+  by_record, by_row = (
+    _with_unit(config, unit) for unit in ("EXAMPLE", "PACKED_ROW")
+  )
+  records_alone = pipeline.training_examples(by_record, folder)
+  assert isinstance(records_alone, examples_lib.Examples)
+  num_records = len(records_alone)
+  assert loop.num_units(by_record, folder) == num_records
+  rows = pipeline.training_examples(by_row, folder)
+  assert isinstance(rows, packing.PackedExamples)
+  assert loop.num_units(by_row, folder) == len(rows) == -(-num_records // 2)
+  # Every record is in one row.
+  assert [
+    position for row in range(len(rows)) for position in rows.records(row)
+  ] == list(range(num_records))
+  # Fails if: N counts records where rows are drawn, or rows where records are.
+
+
+def test_records_of_a_row_do_not_see_each_other_in_training(texts):
+  config, folder = texts
+  rows = pipeline.training_examples(_with_unit(config, "PACKED_ROW"), folder)
+  alone = pipeline.training_examples(_with_unit(config, "EXAMPLE"), folder)
+  first, second = rows.records(0)
+  model = multimodal.PPNet(config.model, {})
+  together = rows.batch([examples_lib.Row(0)], size=2)
+  apart = alone.batch(
+    [examples_lib.Row(first), examples_lib.Row(second)], size=2, length=64
+  )
+  init = jax.jit(
+    lambda key: model.init(key, jax.device_put(apart["tokens"]), media={})
+  )
+  params = nn.meta.unbox(init(jax.random.key(0))["params"])
+  loss_fn = losses.make_loss_fn(
+    model, config_lib.AttentionNoiseConfig(stddev=0.0)
+  )
+
+  @jax.jit
+  def of_rows(batch):  # As a step hands them to the loss.
+    batch = step_lib.grad_batch(batch, jax.random.key(1), np.int32(0))
+    return loss_fn(params, batch)[0]
+
+  counts = apart["loss_mask"].sum(axis=1)
+  np.testing.assert_allclose(
+    of_rows(jax.device_put(together))[0],
+    (of_rows(jax.device_put(apart)) * counts).sum() / counts.sum(),
+    rtol=1e-5,
+  )
+  # Fails if: segments are lost on the way to the loss. (Positions are not
+  # missed: rotary embeddings see differences alone.)
