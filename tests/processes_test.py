@@ -27,11 +27,15 @@ FLAGS = (
 NUM_DEVICES = 8
 
 
-def start(workdir, *flags, count):
-  """Starts `count` processes that share eight devices."""
+def free_port():
   with socket.socket() as probe:
     probe.bind(("localhost", 0))
-    port = probe.getsockname()[1]
+    return probe.getsockname()[1]
+
+
+def start(workdir, *flags, count):
+  """Starts `count` processes that share eight devices."""
+  port = free_port()
   processes = []
   for i in range(count):
     together = (
@@ -244,6 +248,35 @@ def test_kills_at_any_moment_lose_nothing(long_alone, tmp_path):
   assert charged_steps(tmp_path) == 24
   # Fails if: half a checkpoint is taken for a whole one, or a step is charged
   # after it ran.
+
+
+SLOW_END = """
+import sys, time
+from ppnet.core import hosts
+port, number = sys.argv[1:]
+hosts.start(
+  coordinator=f"localhost:{port}", num_processes=2, process_id=int(number)
+)
+assert hosts.from_first(lambda: 7) == 7
+if hosts.is_first():
+  time.sleep(45)
+"""
+
+
+@pytest.mark.slow
+def test_a_first_process_that_ends_late_is_waited_for():
+  """It alone draws the figure and writes the summary."""
+  port = free_port()
+  processes = [
+    subprocess.Popen(
+      [sys.executable, "-c", SLOW_END, str(port), str(number)],
+      cwd=ROOT,
+      env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+    for number in range(2)
+  ]
+  assert [process.wait(timeout=300) for process in processes] == [0, 0]
+  # Fails if: those that are done end the job after a heartbeat's time.
 
 
 @pytest.mark.slow
