@@ -91,7 +91,6 @@ def accumulate(
       mesh=mesh,
       in_specs=(P(axes), P(), P(axes), *[P()] * len(others)),
       out_specs=(P(axes), P(axes)),
-      axis_names=set(axes),
       check_vma=False,  # Kernels do not say over what their results vary.
     )(grad_sum, params, microbatch, *others)
 

@@ -34,9 +34,7 @@ def train(workdir):
   return summary, np.concatenate([np.ravel(leaf) for leaf in leaves])
 
 
-def test_a_follower_draws_counts_and_trains_as_the_first(
-  tmp_path, monkeypatch
-):
+def test_a_follower_draws_counts_and_trains_as_the_first(tmp_path, monkeypatch):
   told = []
 
   def say(make):

@@ -114,6 +114,63 @@ def test_the_sum_does_not_depend_on_the_mesh(engine, on, rows_per_unit):
   # Fails if: a device clips its own part of a unit, or a NaN crosses devices.
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "engine", [config_lib.Engine.BOOKKEEPING, config_lib.Engine.VMAP]
+)
+def test_long_inputs_take_a_part_of_memory_and_work_on_each_device(engine):
+  """1,024 tokens of four examples, on one device and over four."""
+  decoder = config_lib.LlamaConfig(
+    vocab_size=256,
+    embed_dim=64,
+    num_layers=2,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=8,
+    mlp_dim=128,
+    max_seq_len=1024,
+    remat=True,
+  )
+  model = multimodal.PPNet(config_lib.ModelConfig(decoder=decoder), {})
+  loss_fn = losses.make_loss_fn(
+    model, config_lib.AttentionNoiseConfig(stddev=0.1)
+  )
+  init = lambda key: model.init(key, jnp.zeros((1, 8), jnp.int32), media={})
+  boxed = jax.eval_shape(init, jax.eval_shape(jax.random.key, 0))["params"]
+  keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 4))
+
+  def compiled(num_devices):
+    mesh = mesh_lib.build(
+      config_lib.MeshConfig(data=1, sequence=num_devices),
+      jax.devices()[:num_devices],
+    )
+    rules = rules_lib.Rules()
+    shape = functools.partial(jax.ShapeDtypeStruct, (4, 1024))
+    tokens = rules.batch_sharding(mesh, has_tokens=True)
+    batch = {
+      "tokens": shape(jnp.int32, sharding=tokens),
+      "targets": shape(jnp.int32, sharding=tokens),
+      "loss_mask": shape(jnp.float32, sharding=tokens),
+      "key": keys.update(sharding=rules.batch_sharding(mesh)),
+    }
+    params = jax.tree.map(
+      lambda leaf, sharding: leaf.update(sharding=sharding),
+      nn.meta.unbox(boxed),
+      rules.param_shardings(mesh, boxed),
+    )
+    fn = clipping.clipped_grad(
+      loss_fn, l2_clip_norm=0.5, engine=engine, has_aux=True
+    )
+    fn = jax.jit(mesh_lib.within(mesh, fn))
+    program = fn.lower(params, batch).compile()
+    temporaries = program.memory_analysis().temp_size_in_bytes
+    return temporaries, program.cost_analysis()["flops"]
+
+  for whole, part in zip(compiled(1), compiled(4), strict=True):
+    assert part < 0.4 * whole
+  # Fails if: XLA gathers the tokens and every device computes all of them.
+
+
 def test_bfloat16_is_as_far_from_float32_as_the_reference_is():
   """Weights, norms and sums are float32; only the network is not."""
   truth = flat(reference(rows_per_unit=2).grad_sum)
