@@ -15,6 +15,7 @@ from ppnet import (
   audit_config,
   config_attention,
   data_config,
+  mesh_config,
   model_config,
   table_config,
 )
@@ -38,10 +39,13 @@ AudioStemConfig = model_config.AudioStemConfig
 ModelConfig = model_config.ModelConfig
 llama_tiny = model_config.llama_tiny
 PROJECTIONS = model_config.PROJECTIONS
-# What concerns audits, tables, and the data, likewise.
+# What concerns audits, tables, devices, and the data, likewise.
 AuditConfig = audit_config.AuditConfig
 TableSubject = table_config.TableSubject
 TableConfig = table_config.TableConfig
+Strategy = mesh_config.Strategy
+MeshConfig = mesh_config.MeshConfig
+MESH_AXES = mesh_config.AXES
 MODALITIES = data_config.MODALITIES
 Source = data_config.Source
 SOURCE_PATHS = data_config.PATHS
@@ -295,21 +299,6 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
-class MeshConfig:
-  """Devices per mesh axis; one axis may be -1, "all that are left".
-
-  Attributes:
-    data: replicas, which share the batch.
-    fsdp: devices that share the batch and split the parameters (ZeRO).
-    tensor: devices that split each layer's heads and hidden features.
-  """
-
-  data: int = -1
-  fsdp: int = 1
-  tensor: int = 1
-
-
-@dataclasses.dataclass(slots=True, kw_only=True)
 class PerfConfig:
   """What may change speed and memory but neither the result nor the guarantee.
 
@@ -476,6 +465,7 @@ def validate(config: ExperimentConfig) -> None:
   )
   _validate_model(config)
   _validate_training(config)
+  mesh_config.validate(config.mesh)
 
 
 def _validate_account(account: AccountConfig) -> None:
@@ -635,7 +625,7 @@ def _validate_model(config: ExperimentConfig) -> None:
 
 
 def _validate_training(config: ExperimentConfig) -> None:
-  train, optimizer, mesh = config.train, config.optimizer, config.mesh
+  train, optimizer = config.train, config.optimizer
   checks.positive(
     **{
       "train.num_steps": train.num_steps,
@@ -662,12 +652,3 @@ def _validate_training(config: ExperimentConfig) -> None:
     value = getattr(optimizer, name)
     if not 0 <= value < 1:
       checks.fail(f"0 <= optimizer.{name} < 1", **{f"optimizer.{name}": value})
-  sizes = {axis: getattr(mesh, axis) for axis in ("data", "fsdp", "tensor")}
-  if sum(size == -1 for size in sizes.values()) > 1 or any(
-    size < 1 and size != -1 for size in sizes.values()
-  ):
-    checks.fail(
-      "mesh sizes of at least 1, one of them -1 at most",
-      "-1 takes all the devices that are left.",
-      **sizes,
-    )

@@ -78,6 +78,8 @@ def test_defaults_of_the_tests_are_valid():
     ("optimizer.beta2", 1.0, "optimizer.beta2 < 1"),
     ("mesh.data", 0, "mesh sizes"),
     ("mesh.fsdp", -1, "mesh sizes"),
+    ("mesh.sequence", 0, "mesh sizes"),
+    ("mesh.slice", 2, "mesh.slice=1 unless"),
   ],
 )
 def test_an_invalid_field_is_named(field, value, message):

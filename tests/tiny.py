@@ -4,6 +4,26 @@ import dataclasses
 
 from ppnet import config
 
+# Every strategy, on eight devices.
+MESHES = {
+  "8": config.MeshConfig(data=8),
+  "4x2": config.MeshConfig(data=4, fsdp=2),
+  "2x2x2": config.MeshConfig(data=2, fsdp=2, tensor=2),
+  "sequence": config.MeshConfig(data=1, fsdp=2, sequence=2, tensor=2),
+  "data_parallel": config.MeshConfig(
+    strategy=config.Strategy.DATA_PARALLEL, data=2, fsdp=2, tensor=2
+  ),
+  "zero3": config.MeshConfig(
+    strategy=config.Strategy.ZERO3, data=2, fsdp=2, tensor=2
+  ),
+  "tensor": config.MeshConfig(
+    strategy=config.Strategy.TENSOR, data=2, tensor=4
+  ),
+  "slices": config.MeshConfig(
+    strategy=config.Strategy.SLICES, slice=2, data=1, fsdp=2, tensor=2
+  ),
+}
+
 
 def experiment(**changes) -> config.ExperimentConfig:
   """Digits, a one-layer decoder and a handful of seeded steps.

@@ -18,6 +18,11 @@ from jax.experimental import multihost_utils
 # After so long without a sign of life a process is taken for dead.
 _HEARTBEAT_SECS = 30
 
+# How long those that are done wait for the first process, which has figures to
+# draw and records to write. It may be slow; were it dead, its heartbeat would
+# say so.
+_SHUTDOWN_SECS = 900
+
 
 def start(
   *,
@@ -39,7 +44,7 @@ def start(
     num_processes=num_processes,
     process_id=process_id,
     heartbeat_timeout_seconds=_HEARTBEAT_SECS,
-    shutdown_timeout_seconds=_HEARTBEAT_SECS,
+    shutdown_timeout_seconds=_SHUTDOWN_SECS,
   )
 
 

@@ -11,6 +11,7 @@ would be whole on every device.
 
 import dataclasses
 import enum
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,8 +22,11 @@ from jax.sharding import PartitionSpec as P
 
 # Names of the mesh's axes. Axes of other names compute the same on all of
 # their devices.
-BATCH_AXES = ("data", "fsdp")
-HEAD_AXES = ("tensor",)
+BATCH_AXES = ("slice", "data", "fsdp")
+# Devices that share the tokens of an example share its heads here instead, each
+# with all tokens (Jacobs et al. 2023, section 3, https://arxiv.org/abs/2309.14509):
+# two all-to-alls, and every device has as much of the causal triangle.
+HEAD_AXES = ("tensor", "sequence")
 
 Tree = Any
 
@@ -127,6 +131,11 @@ def _free_axes(mesh: AbstractMesh) -> list[str]:
   return [name for name, kind in pairs if kind is not AxisType.Manual]
 
 
+def _ways(names: tuple[str, ...], mesh: AbstractMesh) -> int:
+  """Into how many parts these axes split."""
+  return math.prod(mesh.shape[name] for name in names)
+
+
 def _dividing(
   names: tuple[str, ...], size: int, mesh: AbstractMesh
 ) -> tuple[str, ...]:
@@ -154,11 +163,8 @@ def _layout(
   batch, num_heads = shapes[Leading.QUERY_HEADS][:2]
   num_key_heads = shapes[Leading.KEY_HEADS][1]
   heads = _dividing(HEAD_AXES, num_heads, mesh)
-  ways = 1
-  for name in heads:
-    ways *= mesh.shape[name]
-  if num_key_heads % ways and ways % num_key_heads:
-    heads, ways = (), 1  # Key heads would be shared by some devices in part.
+  while num_key_heads % (ways := _ways(heads, mesh)) and ways % num_key_heads:
+    heads = heads[:-1]  # Key heads would be shared by some devices in part.
   return _Layout(
     batch=_dividing(BATCH_AXES, batch, mesh),
     heads=heads,

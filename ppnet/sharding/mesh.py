@@ -1,4 +1,8 @@
-"""The device mesh: axes `data` (replicas), `fsdp` (ZeRO), `tensor`."""
+"""The device mesh; the first axis is the one between the slowest links.
+
+`slice` (parts of a job, a slower network between them), `data` (replicas),
+`fsdp` (ZeRO), `sequence` (the tokens of an example), `tensor`.
+"""
 
 import functools
 import math
@@ -7,12 +11,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh
 
 from ppnet import config as config_lib
 from ppnet.core import checks
 
-AXES = ("data", "fsdp", "tensor")
+AXES = config_lib.MESH_AXES
 
 
 def build(
@@ -20,18 +25,55 @@ def build(
 ) -> Mesh:
   """Arranges devices as config says; one axis may be -1.
 
+  Devices of several slices are put in order: a slice of the mesh is a slice of
+  the machines. Others stay in the order in which they come.
+
   Args:
     config: devices per axis.
     devices: all of this job's devices when None.
 
   Raises:
-    ValueError: the axes do not multiply to the number of devices.
+    ValueError: the axes do not multiply to the number of devices, or the
+      devices are of another number of slices.
   """
   devices = jax.devices() if devices is None else devices
+  shape = sizes(config, len(devices))
+  if num_slices(devices) > 1:
+    arranged = by_slice(shape, devices)
+  else:
+    arranged = np.asarray(devices).reshape(shape)
   return Mesh(
-    np.asarray(devices).reshape(sizes(config, len(devices))),
-    AXES,
-    axis_types=(jax.sharding.AxisType.Auto,) * len(AXES),
+    arranged, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES)
+  )
+
+
+def num_slices(devices: list[jax.Device]) -> int:
+  """How many slices devices are of; 1 where they do not say."""
+  return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def by_slice(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
+  """Devices of several slices, each as its links are laid out.
+
+  Args:
+    shape: devices per axis of `AXES`.
+    devices: of one job.
+
+  Raises:
+    ValueError: the axis `slice` is not their number.
+  """
+  slices = num_slices(devices)
+  if shape[0] != slices:
+    checks.fail(
+      f"mesh.slice to be the {slices} slices that the devices are of",
+      f"Set --config.mesh.slice={slices} --config.mesh.strategy=SLICES.",
+      **{"mesh.slice": shape[0]},
+    )
+  return mesh_utils.create_hybrid_device_mesh(
+    (1, *shape[1:]),
+    (slices, *[1] * len(shape[1:])),
+    devices,
+    allow_split_physical_axes=True,
   )
 
 
@@ -41,17 +83,15 @@ def sizes(config: config_lib.MeshConfig, num_devices: int) -> tuple[int, ...]:
   Raises:
     ValueError: the axes do not multiply to the number of devices.
   """
-  data, fsdp, tensor = (getattr(config, axis) for axis in AXES)
-  fixed = math.prod(size for size in (data, fsdp, tensor) if size != -1)
+  asked = {axis: getattr(config, axis) for axis in AXES}
+  fixed = math.prod(size for size in asked.values() if size != -1)
   rest = num_devices // fixed
-  found = tuple(rest if size == -1 else size for size in (data, fsdp, tensor))
+  found = tuple(rest if size == -1 else size for size in asked.values())
   if math.prod(found) != num_devices:
     checks.fail(
       f"mesh axes that multiply to the {num_devices} devices at hand",
-      "Set one of --config.mesh.{data,fsdp,tensor} to -1.",
-      data=data,
-      fsdp=fsdp,
-      tensor=tensor,
+      "Set one of --config.mesh.{data,fsdp,sequence,tensor} to -1.",
+      **asked,
     )
   return found
 

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from ppnet import config as config_lib
 from ppnet.core import checks
 
 Axis = str | tuple[str, ...] | None
@@ -21,6 +22,7 @@ class Rules:
 
   Attributes:
     batch: examples (and the microbatch).
+    sequence: the tokens of an example.
     embed: model features.
     q_heads: query heads, flattened with their features.
     kv_heads: key and value heads, likewise.
@@ -32,6 +34,7 @@ class Rules:
   """
 
   batch: Axis = ("data", "fsdp")
+  sequence: Axis = "sequence"
   embed: Axis = "fsdp"
   q_heads: Axis = "tensor"
   kv_heads: Axis = "tensor"
@@ -54,12 +57,7 @@ class Rules:
     axes = [
       None if name is None else getattr(self, name) for name in logical_axes
     ]
-    used = [
-      part
-      for axis in axes
-      if axis is not None
-      for part in (axis if isinstance(axis, tuple) else (axis,))
-    ]
+    used = [part for axis in axes for part in _parts(axis)]
     if len(used) != len(set(used)):
       checks.fail(
         "each mesh axis at most once in one array",
@@ -69,9 +67,37 @@ class Rules:
       )
     return P(*axes)
 
-  def batch_sharding(self, mesh: Mesh, *, leading: int = 0) -> NamedSharding:
-    """Examples over the mesh; `leading` unsharded axes come first."""
-    return NamedSharding(mesh, P(*[None] * leading, self.batch))
+  def own_sums(self, mesh: Mesh) -> tuple[str, ...]:
+    """Axes whose devices can each keep a sum over their own examples.
+
+    They share the batch, and each of them holds all parameters: a sum of its
+    own takes no more memory than the sum of all, and needs no network before
+    the step's end. Where other axes split what a replica computes there are
+    none: XLA (jaxlib 0.10.2) ends the process at look-ups in programs whose
+    axes belong to a replica in part ("Check failed: partition_group_list").
+    """
+    split = {
+      part
+      for field in dataclasses.fields(self)
+      if field.name != "batch"
+      for part in _parts(getattr(self, field.name))
+    }
+    used = [axis for axis in mesh.axis_names if mesh.shape[axis] > 1]
+    own = [axis for axis in used if axis in _parts(self.batch)]
+    return tuple(own) if own == used and not split & set(own) else ()
+
+  def batch_sharding(
+    self, mesh: Mesh, *, leading: int = 0, has_tokens: bool = False
+  ) -> NamedSharding:
+    """Examples over the mesh.
+
+    Args:
+      mesh: the devices.
+      leading: how many unsharded axes come first.
+      has_tokens: whether the axis behind the examples counts tokens.
+    """
+    tokens = (self.sequence,) if has_tokens else ()
+    return NamedSharding(mesh, P(*[None] * leading, self.batch, *tokens))
 
   def param_shardings(self, mesh: Mesh, abstract_params: Any) -> Any:
     """One sharding per parameter, from the logical axes its module declared.
@@ -109,10 +135,33 @@ class Rules:
     )
 
 
+_WHOLE = {"q_heads": None, "kv_heads": None, "mlp": None, "vocab": None}
+
+STRATEGIES = {
+  config_lib.Strategy.DATA_PARALLEL: Rules(
+    batch=("data", "fsdp", "tensor"), embed=None, **_WHOLE
+  ),
+  config_lib.Strategy.ZERO3: Rules(
+    batch=("data", "fsdp", "tensor"),
+    embed=("fsdp", "sequence", "tensor"),
+    **_WHOLE,
+  ),
+  config_lib.Strategy.TENSOR: Rules(embed=None),
+  config_lib.Strategy.MIXED: Rules(),
+  config_lib.Strategy.SLICES: Rules(batch=("slice", "data", "fsdp")),
+}
+
+
 def num_parts(mesh: Mesh, axis: Axis) -> int:
   """Into how many parts an array is cut along a mesh axis, or several."""
-  axes = axis if isinstance(axis, tuple) else (axis,)
-  return math.prod(1 if name is None else mesh.shape[name] for name in axes)
+  return math.prod(mesh.shape[name] for name in _parts(axis))
+
+
+def _parts(axis: Axis) -> tuple[str, ...]:
+  """The mesh axes of a rule."""
+  if axis is None:
+    return ()
+  return axis if isinstance(axis, tuple) else (axis,)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

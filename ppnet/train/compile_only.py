@@ -201,9 +201,12 @@ def _program(
     num_examples = 100 * config.train.expected_batch_size
   # As near to each other in the pod as in the mesh.
   shape = mesh_lib.sizes(config.mesh, len(devices))
-  arranged = mesh_utils.create_device_mesh(
-    shape, devices=devices, allow_split_physical_axes=True
-  )
+  if mesh_lib.num_slices(devices) > 1:
+    arranged = mesh_lib.by_slice(shape, devices)
+  else:
+    arranged = mesh_utils.create_device_mesh(
+      shape, devices=devices, allow_split_physical_axes=True
+    )
   return program_lib.build(
     config,
     mechanism_lib.build(config, num_examples),
@@ -230,7 +233,7 @@ def _calls(
     name: jax.ShapeDtypeStruct(
       (num_rows, *value.shape),
       value.dtype,
-      sharding=program.rules.batch_sharding(mesh),
+      sharding=program.sharding_of(name),
     )
     for name, value in abstract_example(config).items()
   }

@@ -20,9 +20,12 @@ from ppnet.privacy import engine_choice, input_privacy
 from ppnet.privacy import mechanism as mechanism_lib
 from ppnet.sharding import mesh as mesh_lib
 from ppnet.sharding import rules as rules_lib
-from ppnet.train import initial, losses, optimizer
+from ppnet.train import initial, losses, optimizer, own_sums
 from ppnet.train import state as state_lib
 from ppnet.train import step as step_lib
+
+# Arrays of a batch whose second axis counts tokens.
+_PER_TOKEN = ("tokens", "targets", "loss_mask", "positions", "segment_ids")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,20 +82,28 @@ class Program:
     """Number of trained parameters."""
     return trees.num_parameters(self.abstract_state.params)
 
+  def sharding_of(self, name: str) -> NamedSharding:
+    """Where an array of a batch lives."""
+    return self.rules.batch_sharding(self.mesh, has_tokens=name in _PER_TOKEN)
+
   def put_batch(self, batch: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Places a batch, its examples spread over the mesh.
 
     With a private cut, every batch that is placed gets keys of its own: a state
     that was noised twice with one draw would give away a difference.
     """
-    sharding = self.rules.batch_sharding(self.mesh)
+    shardings = {name: self.sharding_of(name) for name in batch}
     if jax.process_count() == 1:
-      placed = jax.device_put(dict(batch), sharding)
+      placed = jax.device_put(dict(batch), shardings)
     else:
       # The guard takes this for an implicit transfer; it is meant.
       with jax.transfer_guard("allow"):
         placed = {
-          name: jax.make_array_from_process_local_data(sharding, value)
+          name: jax.make_array_from_process_local_data(
+            shardings[name],
+            value,
+            (len(value) * self.host.of // self.host.parts, *value.shape[1:]),
+          )
           for name, value in batch.items()
         }
     if self.cut_keys is not None:
@@ -130,9 +141,11 @@ def build(
     ValueError: the mesh or the microbatch does not fit the devices, no
       parameter would be trained, or the decoder's weights are another model's.
   """
-  mesh = _mesh(config, devices)
+  rules = rules_lib.STRATEGIES[config.mesh.strategy]
+  mesh = _mesh(
+    config, devices, rules=rules, num_tokens=np.shape(example["tokens"])[0]
+  )
   on_mesh = functools.partial(mesh_lib.within, mesh)
-  rules = rules_lib.Rules()
   model = _model(config.model, placeholder_ids, answer_ids)
   tx = optimizer.build(config.optimizer, config.train.num_steps)
   root_key = prng.root(config.seed)
@@ -154,9 +167,7 @@ def build(
     jax.eval_shape(init_fn, root_key), shardings
   )
   replicated = rules_lib.replicated(mesh)
-  sum_sharding = step_lib.GradSum(
-    total=shardings.params, num_units=replicated, count=replicated
-  )
+  sum_shardings = own_sums.shardings(shardings.params, mesh=mesh, rules=rules)
   noise_shardings = initial.noise_shardings(
     mechanism, abstract_state.params, shardings.params, mesh=mesh
   )
@@ -175,6 +186,7 @@ def build(
     jax.eval_shape(frozen_fn), frozen_shardings
   )
   num_rows = config.perf.microbatch_size * mechanism.rows_per_unit
+  num_rows //= own_sums.num_replicas(mesh, rules)  # An engine sees a replica's.
   # Shardings of inputs travel with the arrays; outputs are pinned, so that no
   # step can change where the state lives.
   program = Program(
@@ -195,15 +207,15 @@ def build(
     abstract_frozen=abstract_frozen,
     root_key=root_key,
     init=jax.jit(functools.partial(init_fn, root_key), out_shardings=shardings),
-    init_grad_sum=jax.jit(step_lib.init_grad_sum, out_shardings=sum_sharding),
-    accumulate=jax.jit(
+    **_sum_programs(
       on_mesh(_accumulate, loss_fn=loss_fn, clipped_grad_of=clipped_grad_of),
-      donate_argnames="grad_sum",
-      out_shardings=(sum_sharding, _fetched(mesh)),
+      sum_shardings,
+      mesh=mesh,
+      rules=rules,
     ),
     **_noise_programs(mechanism, noise_shardings),
     update=jax.jit(
-      _update(config, mechanism, tx),
+      _update(config, mechanism, tx, mesh=mesh, rules=rules),
       donate_argnames=("state", "noise_state"),
       out_shardings=(shardings, noise_shardings, replicated),
     ),
@@ -220,17 +232,30 @@ def build(
 
 
 def _mesh(
-  config: config_lib.ExperimentConfig, devices: list[jax.Device] | None
+  config: config_lib.ExperimentConfig,
+  devices: list[jax.Device] | None,
+  *,
+  rules: rules_lib.Rules,
+  num_tokens: int,
 ) -> Mesh:
   """The devices; raises where a microbatch cannot be shared among them."""
   mesh = mesh_lib.build(config.mesh, devices)
-  ways = mesh.shape["data"] * mesh.shape["fsdp"]
+  ways = rules_lib.num_parts(mesh, rules.batch)
   if config.perf.microbatch_size % ways:
     checks.fail(
       f"perf.microbatch_size to be a multiple of the {ways} devices that share"
       " a batch",
       f"Use {-(-config.perf.microbatch_size // ways) * ways}.",
       **{"perf.microbatch_size": config.perf.microbatch_size},
+    )
+  ways = rules_lib.num_parts(mesh, rules.sequence)
+  lengths = config.data.lengths or (num_tokens,)
+  if any(length % ways for length in lengths):
+    checks.fail(
+      f"lengths of sequences to be multiples of the {ways} devices that share"
+      " one",
+      "Set --config.data.lengths, or --config.mesh.sequence=1.",
+      lengths=lengths,
     )
   return mesh
 
@@ -244,7 +269,7 @@ def _host(mesh: Mesh, rules: rules_lib.Rules) -> pipeline.Host:
   if own != list(range(own[0], own[0] + len(own))):
     checks.fail(
       "a mesh that gives each process rows side by side",
-      "Let the axes data and fsdp be whole machines, and tensor be within one.",
+      "Let the axes of the batch be whole machines, and the others within one.",
       rows=own,
       of=parts,
     )
@@ -255,21 +280,55 @@ def _update(
   config: config_lib.ExperimentConfig,
   mechanism: mechanism_lib.Mechanism,
   tx: optax.GradientTransformation,
+  *,
+  mesh: Mesh,
+  rules: rules_lib.Rules,
 ) -> Callable[..., Any]:
-  """`step.update` of this experiment."""
-  return functools.partial(
-    step_lib.update,
-    mechanism=mechanism,
-    tx=tx,
-    learning_rate_fn=optimizer.schedule(
-      config.optimizer, config.train.num_steps
-    ),
-  )
+  """`step.update` of this experiment, by the sum over all replicas."""
+
+  def update(state, grad_sum, noise_key, noise_state):
+    return step_lib.update(
+      state,
+      own_sums.combine(grad_sum, mesh=mesh, rules=rules),
+      noise_key,
+      noise_state,
+      mechanism=mechanism,
+      tx=tx,
+      learning_rate_fn=optimizer.schedule(
+        config.optimizer, config.train.num_steps
+      ),
+    )
+
+  return update
 
 
 def _fetched(mesh: Mesh) -> NamedSharding | None:
   """Where rows are that will be fetched: whole on every process."""
   return rules_lib.replicated(mesh) if jax.process_count() > 1 else None
+
+
+def _sum_programs(
+  accumulate: Callable[..., Any],
+  shardings: step_lib.GradSum,
+  *,
+  mesh: Mesh,
+  rules: rules_lib.Rules,
+) -> dict[str, Any]:
+  """What begins the clipped sum of a step, and what adds to it."""
+  on_mesh = {"mesh": mesh, "rules": rules}
+  return {
+    "init_grad_sum": jax.jit(
+      functools.partial(own_sums.init, **on_mesh), out_shardings=shardings
+    ),
+    "accumulate": jax.jit(
+      functools.partial(
+        accumulate,
+        by_replicas=functools.partial(own_sums.accumulate, **on_mesh),
+      ),
+      donate_argnames="grad_sum",
+      out_shardings=(shardings, _fetched(mesh)),
+    ),
+  }
 
 
 def _fetching_programs(
@@ -357,17 +416,23 @@ def _accumulate(
   *,
   loss_fn: losses.LossFn,
   clipped_grad_of: Callable[[losses.LossFn], Any],
+  by_replicas: Callable[..., Any],
 ) -> tuple[step_lib.GradSum, step_lib.PerExample]:
   """`step.accumulate`; frozen parameters are constants of the loss."""
-  loss_fn = lora.with_frozen(loss_fn, frozen or {})
-  return step_lib.accumulate(
-    grad_sum,
-    params,
-    microbatch,
-    root_key,
-    step,
-    clip_norm,
-    clipped_grad_fn=clipped_grad_of(loss_fn),
+
+  def accumulate(grad_sum, params, microbatch, root_key, step, scale, frozen):
+    return step_lib.accumulate(
+      grad_sum,
+      params,
+      microbatch,
+      root_key,
+      step,
+      scale,
+      clipped_grad_fn=clipped_grad_of(lora.with_frozen(loss_fn, frozen or {})),
+    )
+
+  return by_replicas(accumulate)(
+    grad_sum, params, microbatch, root_key, step, clip_norm, frozen
   )
 
 

@@ -21,11 +21,12 @@ MESHES = ((1, 1, 8), (4, 1, 2), (2, 2, 2))
 FAST = {"xla_backend_optimization_level": 0}
 
 
+AXES = ("data", "fsdp", "tensor", "sequence")
+
+
 def on_mesh(axes):
   return mesh_lib.build(
-    config_lib.MeshConfig(
-      **dict(zip(partition.BATCH_AXES + partition.HEAD_AXES, axes, strict=True))
-    )
+    config_lib.MeshConfig(**dict(zip(AXES, axes, strict=False)))
   )
 
 
@@ -48,7 +49,8 @@ def placed(args, mesh):
   def put(x):
     axes = [rules.batch]
     if x.ndim == 4 and x.shape[2] % mesh.shape["tensor"] == 0:
-      axes += [None, rules.q_heads]
+      is_split = x.shape[1] % mesh.shape["sequence"] == 0
+      axes += [rules.sequence if is_split else None, rules.q_heads]
     return jax.device_put(x, NamedSharding(mesh, P(*axes)))
 
   q, k, v, stddev, keys = args
@@ -107,8 +109,8 @@ def assert_same_on_mesh(implementation, mode, axes, num_kv_heads, vmapped):
   for got, want in zip(grads, expected_grads, strict=True):
     atol = 1e-6 * max(1, np.abs(want).max())
     np.testing.assert_allclose(got, want, atol=atol, rtol=0)
-  assert "all-gather" not in compiled.as_text()
-  assert "all-to-all" not in compiled.as_text()
+  assert "all-gather" not in compiled.as_text() or axes[3:] > (1,)
+  assert "all-to-all" not in compiled.as_text() or axes[3:] > (1,)
 
 
 @pytest.mark.parametrize(
@@ -117,6 +119,7 @@ def assert_same_on_mesh(implementation, mode, axes, num_kv_heads, vmapped):
     ("tpu", SCORES, (1, 1, 8), 2, False),  # Four devices at one key head.
     ("gpu", SCORES, (4, 1, 2), 2, False),  # Key heads are split, too.
     ("gpu", WEIGHTS, (2, 2, 2), 8, True),
+    ("gpu", SCORES, (2, 1, 2, 2), 2, False),  # Tokens come in two parts.
   ],
 )
 def test_kernels_on_a_mesh_equal_one_device(
@@ -124,7 +127,8 @@ def test_kernels_on_a_mesh_equal_one_device(
 ):
   assert_same_on_mesh(implementation, mode, axes, num_kv_heads, vmapped)
   # Fails if: a device takes the key head of its own number; dK of one device
-  # stands for all; vmap's axis stays in front of the batch.
+  # stands for all; vmap's axis stays in front of the batch; positions are
+  # counted from the first token of a device.
 
 
 @pytest.mark.slow
@@ -140,10 +144,11 @@ def test_kernels_on_every_mesh_equal_one_device(
 
 
 def test_axes_are_those_of_the_trainer_s_rules():
-  rules = rules_lib.Rules()
+  rules = rules_lib.STRATEGIES[config_lib.Strategy.SLICES]
   assert rules.batch == partition.BATCH_AXES
-  assert partition.HEAD_AXES == (rules.q_heads,) == (rules.kv_heads,)
-  assert partition.BATCH_AXES + partition.HEAD_AXES == mesh_lib.AXES
+  assert rules.q_heads == rules.kv_heads
+  assert (rules.q_heads, rules.sequence) == partition.HEAD_AXES
+  assert {*partition.BATCH_AXES, *partition.HEAD_AXES} == set(mesh_lib.AXES)
 
 
 def layout(batch, num_heads, num_kv_heads, axes):
@@ -162,14 +167,17 @@ def layout(batch, num_heads, num_kv_heads, axes):
     ((1, 8, 1), (2, 2, 2), (), ("tensor",), False),
     ((8, 6, 3), (2, 2, 2), ("data", "fsdp"), (), True),  # Half a key head.
     ((8, 3, 1), (4, 1, 2), ("data", "fsdp"), (), True),
+    ((8, 8, 2), (2, 1, 2, 2), ("data", "fsdp"), ("tensor", "sequence"), False),
+    ((8, 12, 6), (2, 1, 2, 2), ("data", "fsdp"), ("tensor",), True),
   ],
 )
 def test_what_does_not_divide_is_not_split(
   sizes, axes, batch_axes, head_axes, splits_key_heads
 ):
   got = layout(*sizes, axes)
-  assert got.batch == batch_axes
-  assert got.heads == head_axes
+  split = lambda names: tuple(n for n in names if on_mesh(axes).shape[n] > 1)
+  assert split(got.batch) == split(batch_axes)
+  assert split(got.heads) == head_axes
   assert got.splits_key_heads is splits_key_heads
 
 
