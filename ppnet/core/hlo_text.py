@@ -29,6 +29,10 @@ _LISTED_GROUPS = re.compile(r"replica_groups=\{(\{[\d,{} ]*\})?\}")
 _IOTA_GROUPS = re.compile(
   r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?"
 )
+# "mesh['a'=16,'b'=4] {'a'}", and of an axis in parts "{'a':(2)4}".
+_MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\]( \{([^}]*)\})?")
+_MESH_AXIS = re.compile(r"'([^']+)'=(\d+)")
+_GROUPED_AXIS = re.compile(r"'([^']+)'(?::\((\d+)\)(\d+))?")
 _PAIRS = re.compile(r"source_target_pairs=\{([\d,{} ]*)\}")
 
 
@@ -235,15 +239,48 @@ def groups(rest: str) -> tuple[tuple[int, ...], ...]:
   if iota := _IOTA_GROUPS.search(rest):
     shape, sizes = ints(iota[1]), ints(iota[2])
     order = ints(iota[3]) if iota[3] else tuple(range(len(sizes)))
-    numbers = _transposed(sizes, order)
-    width = shape[-1]
-    return tuple(
-      tuple(numbers[i : i + width]) for i in range(0, len(numbers), width)
-    )
+    return _in_groups(_transposed(sizes, order), shape[-1])
+  if named := _MESH_GROUPS.search(rest):
+    if named[2] is None:  # Devices in another order than their numbers'.
+      raise ValueError(f"Expected groups of a mesh, got {rest[:200]!r}.")
+    return _mesh_groups(named[1], named[3])
   listed = _LISTED_GROUPS.search(rest)
-  if listed is None or not listed[1]:
+  if listed is None:
+    raise ValueError(f"Expected replica groups, got {rest[:200]!r}.")
+  if not listed[1]:
     return ()
   return tuple(ints(group) for group in re.findall(r"\{([\d,]+)\}", listed[1]))
+
+
+def _mesh_groups(mesh: str, grouped: str) -> tuple[tuple[int, ...], ...]:
+  """Groups along some axes of a mesh, or along parts of axes."""
+  wanted = [
+    (name, int(before or 1), int(size or 0))
+    for name, before, size in _GROUPED_AXIS.findall(grouped)
+  ]
+  # Each axis is cut where a group's part of it begins and ends.
+  sizes, places = [], {}
+  for name, text in _MESH_AXIS.findall(mesh):
+    whole, done = int(text), 1
+    own = sorted((b, s or whole) for other, b, s in wanted if other == name)
+    for before, size in own:
+      sizes += [before // done, size]
+      places[name, before] = len(sizes) - 1
+      done = before * size
+    sizes.append(whole // done)
+  order = [places[name, before] for name, before, _ in wanted]
+  width = math.prod(sizes[place] for place in order)
+  others = [i for i in range(len(sizes)) if i not in order]
+  return _in_groups(_transposed(sizes, [*others, *order]), width)
+
+
+def _in_groups(
+  numbers: Sequence[int], width: int
+) -> tuple[tuple[int, ...], ...]:
+  """Side by side, so many each."""
+  return tuple(
+    tuple(numbers[i : i + width]) for i in range(0, len(numbers), width)
+  )
 
 
 def _transposed(sizes: Sequence[int], order: Sequence[int]) -> list[int]:

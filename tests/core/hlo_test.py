@@ -205,6 +205,18 @@ def sent(body, mesh=MESH, *, more=""):
       "all-to-all(%x), replica_groups=[4,2]<=[2,4]T(1,0)",
       {("all-to-all", "data"): 20},
     ),
+    (
+      "all-gather(%x), replica_groups=mesh['a'=2,'b'=4] {'a'}, dimensions={0}",
+      {("all-gather", "data"): 40},
+    ),
+    (
+      "all-gather(%x), replica_groups=mesh['a'=8] {'a':(2)2}",
+      {("all-gather", "fsdp"): 40},
+    ),
+    (
+      "all-reduce(%x), replica_groups=mesh['a'=2,'b'=2,'c'=2] {'c','a'}",
+      {("all-reduce", "data+tensor"): 60},
+    ),
     (  # Half of the devices send.
       "collective-permute(%x), source_target_pairs={{0,4},{4,0},{1,5},{5,1}}",
       {("collective-permute", "data"): 20},
@@ -224,6 +236,15 @@ def test_a_program_of_another_mesh_is_refused():
   line = "%r = f32[] all-reduce(%x), replica_groups={{0,9}}"
   with pytest.raises(ValueError, match="another mesh"):
     sent(["%x = f32[] parameter(0)", line])
+
+
+@pytest.mark.parametrize(
+  "groups",
+  ["", ", replica_groups=mesh['a'=8], device_ids=([8]) {'a'}", ", groups=3"],
+)
+def test_groups_that_cannot_be_read_are_refused(groups):
+  with pytest.raises(ValueError, match="groups"):
+    sent(["%x = f32[] parameter(0)", f"%r = f32[] all-reduce(%x){groups}"])
 
 
 def test_an_asynchronous_pair_counts_once():
