@@ -327,6 +327,14 @@ class PerfConfig:
   prefetch_steps: int = 2
 
 
+class CompileSearch(enum.Enum):
+  """What else a COMPILE job compiles, to recommend it."""
+
+  NONE = "none"
+  MICROBATCH = "microbatch"  # Up to three more: the largest that fits.
+  ENGINE = "engine"  # That of every engine; the shortest step.
+
+
 @dataclasses.dataclass(slots=True, kw_only=True)
 class AccountConfig:
   """What an ACCOUNT job is asked; no other job reads it.
@@ -395,6 +403,8 @@ class ExperimentConfig:
     job: what to do.
     topology: the TPU pod that COMPILE compiles for, as "v5e:8x8"; no other job
       reads it.
+    compile_search: what COMPILE tries beside what is configured; no other job
+      reads it.
     seed: fixes initial parameters and attention noise; never the DP noise or
       the sampler, which `privacy` seeds.
     data: see `DataConfig`.
@@ -415,6 +425,7 @@ class ExperimentConfig:
   name: str = "experiment"
   job: Job = Job.TRAIN
   topology: str = ""
+  compile_search: CompileSearch = CompileSearch.MICROBATCH
   seed: int = 0
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
