@@ -315,6 +315,9 @@ class PerfConfig:
   Attributes:
     engine: how the clipped sum is computed.
     microbatch_size: privacy units per compiled call.
+    gather_weights: parameters that are split along the axes of the batch are
+      brought together once per step, in the compute dtype, and not in every
+      microbatch; each device then holds them whole for as long.
     data_threads: threads that decode and batch.
     data_workers: processes that do, each with so many threads; 0: this one.
     prefetch_steps: steps of data kept ready.
@@ -322,6 +325,7 @@ class PerfConfig:
 
   engine: Engine = Engine.AUTO
   microbatch_size: int = 64
+  gather_weights: bool = False
   data_threads: int = 1
   data_workers: int = 0
   prefetch_steps: int = 2

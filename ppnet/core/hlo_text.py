@@ -159,11 +159,12 @@ def trips(module: Module, computation: str, loop: Instruction) -> int | None:
   compared, last = root(inside), root(within)
   given = module.computations[computation]
   state = given.get(loop.operands[0])
+  if compared is None or last is None or state is None:
+    return None
   if (
-    compared is None
-    or compared.opcode != "compare"
+    compared.opcode != "compare"
     or "direction=LT" not in compared.rest
-    or any(each is None or each.opcode != "tuple" for each in (state, last))
+    or {state.opcode, last.opcode} != {"tuple"}
   ):
     return None
   counter, limit = (unwrapped(name, inside) for name in compared.operands)
@@ -171,7 +172,8 @@ def trips(module: Module, computation: str, loop: Instruction) -> int | None:
   if number is None:
     return None
 
-  def value(each):  # A constant, or what the loop was given.
+  def value(each: Instruction | None) -> int | None:
+    """A constant, or what the loop was given."""
     carried = index(each)
     if carried is not None:
       each = unwrapped(state.operands[carried], given)
@@ -183,7 +185,7 @@ def trips(module: Module, computation: str, loop: Instruction) -> int | None:
   terms = [unwrapped(name, within) for name in added.operands]
   steps = [value(term) for term in terms if index(term) != number]
   start, stop = value(counter), value(limit)
-  if len(steps) != 1 or None in (start, stop, *steps) or steps[0] < 1:
+  if start is None or stop is None or len(steps) != 1 or not steps[0]:
     return None
   return max(0, -(-(stop - start) // steps[0]))
 

@@ -70,7 +70,7 @@ def _times(record: Mapping[str, Any]) -> list[str]:
     return []
   rows.append(
     [
-      f"step: {step['num_microbatches']} x accumulate + update",
+      f"step: {step['num_microbatches']} x accumulate, and the rest",
       "",
       *(_secs(step[name]) for name in _TIMES),
     ]

@@ -149,14 +149,14 @@ def _step(
   config: config_lib.ExperimentConfig,
   microbatch_size: int,
   accumulate: Compiled,
-  update: Compiled,
+  *once: Compiled,
 ) -> dict[str, Any] | None:
-  """Time of a whole step, where both programs tell theirs."""
-  if accumulate.least is None or update.least is None:
+  """Time of a whole step, where all programs tell theirs."""
+  times = [each.least for each in (accumulate, *once) if each.least is not None]
+  if len(times) <= len(once):
     return None
   return estimate_lib.step(
-    accumulate.least,
-    update.least,
+    *times,
     expected_batch_size=config.train.expected_batch_size,
     microbatch_size=microbatch_size,
   )
@@ -173,7 +173,7 @@ def _recommend(
   The first engine is the configuration's own, and its first microbatch is
   compiled already. See `microbatch.search`.
   """
-  accumulate, update = programs
+  accumulate, *once = programs
   tried = []
 
   def try_one(engine, size):
@@ -202,12 +202,14 @@ def _recommend(
         "fits": each.fits,
         "total_bytes": each.total_bytes,
         "message": each.message,
-        "step": _step(config, size, each, update),
+        "step": _step(config, size, each, *once),
       }
       for size, each in found.items()
     ]
   best = None
-  fitting = [each for each in tried if each["fits"] and update.fits]
+  fitting = [
+    each for each in tried if each["fits"] and all(other.fits for other in once)
+  ]
   if fitting:
     best = min(fitting, key=_preference)
   return {"tried": tried, "best": best}
@@ -351,7 +353,7 @@ class _Call:
 def _calls(
   config: config_lib.ExperimentConfig, program: program_lib.Program
 ) -> Iterator[_Call]:
-  """What a step runs: `accumulate` first, then `update`."""
+  """What a step runs: `accumulate` first, then what runs once."""
   state, mesh = program.abstract_state, program.mesh
   replicated = rules_lib.replicated(mesh)
   key = _placed(jax.eval_shape(lambda: prng.root(0)), replicated)
@@ -369,13 +371,15 @@ def _calls(
   if program.model.cut is not None:
     keys = jax.eval_shape(lambda: jax.random.split(prng.root(0), num_rows))
     batch["cut_key"] = _placed(keys, program.rules.batch_sharding(mesh))
-  frozen = program.abstract_frozen
+  frozen, weights = program.abstract_frozen, program.abstract_weights
+  is_gathered = weights is not state.params
+  waits = (state.opt_state, noise_state, state.params if is_gathered else ())
   yield _Call(
     name="accumulate",
     function=program.accumulate,
-    args=(grad_sum, state.params, batch, key, state.step, state.clip_norm),
+    args=(grad_sum, weights, batch, key, state.step, state.clip_norm),
     kwargs={"frozen": frozen} if frozen else {},
-    resident_bytes=_bytes((state.opt_state, noise_state)),
+    resident_bytes=_bytes(waits),
   )
   yield _Call(
     name="update",
@@ -383,6 +387,13 @@ def _calls(
     args=(state, grad_sum, key, noise_state),
     resident_bytes=_bytes(frozen),
   )
+  if is_gathered:
+    yield _Call(
+      name="weights",
+      function=program.weights,
+      args=(state.params,),
+      resident_bytes=_bytes((frozen, state.opt_state, grad_sum, noise_state)),
+    )
 
 
 def _placed(tree: Any, sharding: jax.sharding.Sharding) -> Any:

@@ -168,12 +168,17 @@ def estimate(
 
 def step(
   accumulate: Estimate,
-  update: Estimate,
-  *,
+  *once: Estimate,
   expected_batch_size: int,
   microbatch_size: int,
 ) -> dict[str, Any]:
   """A whole step: as many microbatches as a batch of expected size needs.
+
+  Args:
+    accumulate: one microbatch.
+    *once: what runs once a step: the update, and what goes before.
+    expected_batch_size: of privacy units.
+    microbatch_size: likewise.
 
   Returns:
     "num_microbatches", the parts in seconds as in `Estimate`, "sent_bytes" in
@@ -186,16 +191,17 @@ def step(
     if field.name.endswith("_secs")
   ]
   parts = {
-    name: times * getattr(accumulate, name) + getattr(update, name)
+    name: times * getattr(accumulate, name)
+    + sum(getattr(each, name) for each in once)
     for name in names
   }
   sent = [
     sum(each["bytes"] for each in program.sent_bytes)
-    for program in (accumulate, update)
+    for program in (accumulate, *once)
   ]
   return {
     "num_microbatches": times,
     **parts,
-    "sent_bytes": times * sent[0] + sent[1],
+    "sent_bytes": times * sent[0] + sum(sent[1:]),
     "left_out": LEFT_OUT,
   }

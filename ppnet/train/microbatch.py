@@ -12,15 +12,17 @@ _MAX_TRIES = 4
 
 
 class Sized(Protocol):
-  """What was compiled.
+  """What was compiled."""
 
-  Attributes:
-    fits: whether a device holds it.
-    total_bytes: what it must hold; None where the compiler gave up.
-  """
+  @property
+  def fits(self) -> bool:
+    """Whether a device holds it."""
+    ...
 
-  fits: bool
-  total_bytes: int | None
+  @property
+  def total_bytes(self) -> int | None:
+    """What a device must hold; None where the compiler gave up."""
+    ...
 
 
 S = TypeVar("S", bound=Sized)

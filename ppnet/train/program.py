@@ -18,6 +18,7 @@ from ppnet.data import pipeline
 from ppnet.models import hf, lora, multimodal, private_cut
 from ppnet.privacy import engine_choice, input_privacy
 from ppnet.privacy import mechanism as mechanism_lib
+from ppnet.sharding import layout
 from ppnet.sharding import mesh as mesh_lib
 from ppnet.sharding import rules as rules_lib
 from ppnet.train import initial, losses, optimizer
@@ -40,6 +41,9 @@ class Program:
     root_key: root of initial parameters and attention noise, from the seed.
     init: () -> TrainState.
     init_grad_sum: params -> an empty `step.GradSum`.
+    weights: params -> what `accumulate` takes for them: themselves, or where
+      `perf.gather_weights` asks for it a copy to compute with.
+    abstract_weights: shapes, dtypes and shardings of that.
     accumulate: see `step.accumulate`; the running sum is donated.
     init_noise_state: params -> the state of the DP noise before step 0.
     replay_noise: see `step.replay_noise`; the noise state is donated.
@@ -63,6 +67,8 @@ class Program:
   root_key: jax.Array
   init: Any
   init_grad_sum: Any
+  weights: Any
+  abstract_weights: Any
   accumulate: Any
   init_noise_state: Any
   replay_noise: Any
@@ -129,7 +135,6 @@ def build(
       parameter would be trained, or the decoder's weights are another model's.
   """
   mesh = _mesh(config, devices)
-  on_mesh = functools.partial(mesh_lib.within, mesh)
   rules = rules_lib.Rules()
   model = _model(config.model, placeholder_ids)
   tx = optimizer.build(config.optimizer, config.train.num_steps)
@@ -147,6 +152,9 @@ def build(
   )
   shardings, frozen_shardings = initial.shardings(
     model, tx, example, mesh, rules, mechanism, is_trained=is_trained
+  )
+  on_mesh = functools.partial(
+    layout.within, mesh, rules, param_shardings=shardings.params
   )
   abstract_state = initial.abstract(
     jax.eval_shape(init_fn, root_key), shardings
@@ -173,6 +181,7 @@ def build(
     jax.eval_shape(frozen_fn), frozen_shardings
   )
   num_rows = config.perf.microbatch_size * mechanism.rows_per_unit
+  weights, abstract_weights = _weights(config, abstract_state.params, rules)
   # Shardings of inputs travel with the arrays; outputs are pinned, so that no
   # step can change where the state lives.
   program = Program(
@@ -186,7 +195,7 @@ def build(
       _abstract_batch(
         example, num_rows=num_rows, has_cut=model.cut is not None
       ),
-      mesh=mesh,
+      on_mesh=on_mesh,
     ),
     mechanism=mechanism,
     abstract_state=abstract_state,
@@ -194,6 +203,8 @@ def build(
     root_key=root_key,
     init=jax.jit(functools.partial(init_fn, root_key), out_shardings=shardings),
     init_grad_sum=jax.jit(step_lib.init_grad_sum, out_shardings=sum_sharding),
+    weights=weights,
+    abstract_weights=abstract_weights,
     accumulate=jax.jit(
       on_mesh(_accumulate, loss_fn=loss_fn, clipped_grad_of=clipped_grad_of),
       donate_argnames="grad_sum",
@@ -342,6 +353,33 @@ def _with_frozen(
     evaluate=evaluate,
     frozen=all_frozen,
   )
+
+
+def _weights(
+  config: config_lib.ExperimentConfig, params: Any, rules: rules_lib.Rules
+) -> tuple[Callable[[Any], Any], Any]:
+  """What microbatches compute with, and its shapes.
+
+  The decoder casts its parameters wherever it uses them, so that casting them
+  first changes no value; other modules need not.
+  """
+  if not config.perf.gather_weights:
+    return lambda params: params, params
+  dtype = jnp.dtype(config.model.decoder.compute_dtype.value)
+
+  def cast(params):
+    low = lambda leaf: leaf.astype(dtype)
+    return {
+      name: jax.tree.map(low, part) if name == "decoder" else part
+      for name, part in params.items()
+    }
+
+  sharding_of = lambda leaf: leaf.sharding
+  shardings = jax.tree.map(sharding_of, params)
+  mesh = jax.tree.leaves(shardings)[0].mesh
+  shardings = layout.gathered(mesh, rules, shardings)
+  gather = jax.jit(cast, out_shardings=shardings)
+  return gather, initial.abstract(jax.eval_shape(cast, params), shardings)
 
 
 def _accumulate(
@@ -517,7 +555,7 @@ def _engine(
   frozen: Any,
   batch: Any,
   *,
-  mesh: Mesh,
+  on_mesh: Callable[..., Any],
 ) -> engine_choice.Choice | None:
   """The engine for these shapes; what is refused is refused here."""
   choices = []
@@ -526,7 +564,7 @@ def _engine(
     grad_fn = clipped_grad_of_frozen(frozen)
     choices.append(grad_fn.engine_choice(params, batch))
 
-  jax.eval_shape(mesh_lib.within(mesh, trace), frozen)
+  jax.eval_shape(on_mesh(trace), frozen)
   return choices[0]
 
 
