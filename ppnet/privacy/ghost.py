@@ -146,7 +146,13 @@ def per_example(
       zeros = jnp.zeros(
         (*slices[leaf], num_units, *rest), kept_dtype(uses[leaf])
       )
-      by_leaf[leaf] = layout.unit_grads(zeros, leaf, len(rest))
+      copies = layout.unit_grads(zeros, leaf, len(rest))
+      by_leaf[leaf] = copies, None
+      if zeros.dtype != jnp.float32:  # Of one use, so that squares are whole.
+        by_leaf[leaf] = (
+          copies,
+          outer_products.zero_stats((*slices[leaf], num_units)),
+        )
     elif ways[leaf] is Way.PROBE:
       by_leaf[leaf] = outer_products.zero_stats((*slices[leaf], num_units))
   by_site = {
@@ -184,11 +190,14 @@ def per_example(
     if ways[leaf] is Way.RECORD
   }
   stats = [outer_products.zero_stats((num_units,)) for _ in leaves]
-  for leaf, value in list(from_leaf.items()):
+  kept: dict[int, jax.Array] = {}
+  for leaf, value in from_leaf.items():
     if ways[leaf] is Way.KEEP:
-      num_axes = value.ndim - len(slices[leaf]) - 1
-      from_leaf[leaf] = layout.unit_grads(value, leaf, num_axes)
-      value = _kept_stats(from_leaf[leaf], slices[leaf])
+      grads, value = value
+      num_axes = grads.ndim - len(slices[leaf]) - 1
+      kept[leaf] = layout.unit_grads(grads, leaf, num_axes)
+      if value is None:
+        value = _kept_stats(kept[leaf], slices[leaf])
     stats[leaf] = value
   for leaf, factors in factors_of.items():
     stats[leaf] = jax.tree.map(
@@ -209,8 +218,8 @@ def per_example(
         grad = _recorded_sum(factors_of[i], full[i], uses[i])
       elif i in again:
         grad = again[i]
-      elif i in from_leaf:
-        grad = _kept_sum(from_leaf[i], full[i], i)
+      elif i in kept:
+        grad = _kept_sum(kept[i], full[i], i)
       else:
         grad = jnp.zeros(leaf.shape)
       grad = grad.reshape(leaf.shape).astype(jnp.float32)
@@ -332,26 +341,38 @@ def _to_slices(weights: jax.Array, slices: tuple[int, ...]) -> jax.Array:
 
 
 def _keep(site, weight, x, frame, num_units) -> jax.Array:
-  """KEEP: the extra input is each unit's own copy of the weight."""
-  copies = frame.by_leaf[site.view.leaf]
+  """KEEP: the extra input is each unit's own copy of the weight.
+
+  Where it is kept in bfloat16, `Stats` leave beside it: they are of what was
+  rounded, and read it while it is at hand.
+  """
+  copies, stats = frame.by_leaf[site.view.leaf]
   dtype = copies.dtype
 
   @jax.custom_vjp
-  def apply(weight, x, copies):
-    del copies  # For its cotangent alone.
+  def apply(weight, x, extra):
+    del extra  # For its cotangent alone.
     return taps.plain(site.kind, weight, x)
 
-  def forward(weight, x, copies):
-    return apply(weight, x, copies), (weight, x)
+  def forward(weight, x, extra):
+    return apply(weight, x, extra), (weight, x)
 
   def backward(kept, g):
     weight, x = kept
-    grads = _unit_grads(site, x, g, num_units).astype(dtype)
-    grads = layout.unit_grads(grads, site.view.leaf, grads.ndim - 1)
-    return None, _input_grad(site, weight, g), grads
+    grads = _unit_grads(site, x, g, num_units)
+    own = None
+    if stats is not None:
+      # XLA may leave out a cast to bfloat16 and back, for one reader and not
+      # for another; this it may not.
+      grads = jax.lax.reduce_precision(grads, exponent_bits=8, mantissa_bits=7)
+      own = _kept_stats(grads, ())
+    grads = layout.unit_grads(
+      grads.astype(dtype), site.view.leaf, grads.ndim - 1
+    )
+    return None, _input_grad(site, weight, g), (grads, own)
 
   apply.defvjp(forward, backward)
-  return apply(weight, x, copies)
+  return apply(weight, x, (copies, stats))
 
 
 def _record(site, weight, x, frame, num_units) -> jax.Array:
