@@ -305,6 +305,9 @@ class PerfConfig:
   Attributes:
     engine: how the clipped sum is computed.
     microbatch_size: privacy units per compiled call.
+    gather_weights: parameters that are split along the axes of the batch are
+      brought together once per step, in the compute dtype, and not in every
+      microbatch; each device then holds them whole for as long.
     data_threads: threads that decode and batch.
     data_workers: processes that do, each with so many threads; 0: this one.
     prefetch_steps: steps of data kept ready.
@@ -314,10 +317,19 @@ class PerfConfig:
 
   engine: Engine = Engine.AUTO
   microbatch_size: int = 64
+  gather_weights: bool = False
   data_threads: int = 1
   data_workers: int = 0
   prefetch_steps: int = 2
   stall_secs: float = 300.0
+
+
+class CompileSearch(enum.Enum):
+  """What else a COMPILE job compiles, to recommend it."""
+
+  NONE = "none"
+  MICROBATCH = "microbatch"  # Up to three more: the largest that fits.
+  ENGINE = "engine"  # That of every engine; the shortest step.
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -388,6 +400,8 @@ class ExperimentConfig:
     job: what to do.
     topology: the TPU pod that COMPILE compiles for, as "v5e:8x8"; no other job
       reads it.
+    compile_search: what COMPILE tries beside what is configured; no other job
+      reads it.
     seed: fixes initial parameters and attention noise; never the DP noise or
       the sampler, which `privacy` seeds.
     data: see `DataConfig`.
@@ -408,6 +422,7 @@ class ExperimentConfig:
   name: str = "experiment"
   job: Job = Job.TRAIN
   topology: str = ""
+  compile_search: CompileSearch = CompileSearch.MICROBATCH
   seed: int = 0
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)

@@ -21,8 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ppnet.bench import flops as flops_lib
-from ppnet.core import checks, workdirs
+from ppnet.core import checks, hlo, workdirs
 
 # Others' share of the processor above which ratios may be off.
 QUIET_SHARE = 0.05
@@ -99,7 +98,7 @@ def compile_program(fn: Callable[..., Any], *args: Any) -> Program:
       backend=jax.default_backend(),
     )
   try:
-    flops = flops_lib.matmul_flops(executable.as_text() or "")
+    flops = hlo.matmul_flops(executable.as_text() or "")
   except ValueError:
     flops = None  # A hole in the table is better than a wrong number.
   return Program(

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from ppnet import config as config_lib
 from ppnet.core import param_ops
+from ppnet.sharding import layout
 
 # Gaussian, as in Hu et al. 2021, section 4.1; its output has the input's scale.
 LORA_A_INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
@@ -53,6 +54,11 @@ class Dense(nn.Module):
   init_scale: float = 1.0
   lora: config_lib.LoraConfig | None = None
 
+  @property
+  def out_axis(self) -> str | None:
+    """Logical axis of the outputs; residual streams are whole."""
+    return None if self.axes[1] == "embed" else self.axes[1]
+
   @nn.compact
   def __call__(self, x: Float[Array, "*b I"]) -> Float[Array, "*b O"]:
     """Multiplies the last axis."""
@@ -63,7 +69,10 @@ class Dense(nn.Module):
       shape=(x.shape[-1], self.features),
       axes=self.axes,
     )
-    out = self.ops.dense(_path(self, "kernel"), kernel.astype(x.dtype), x)
+    out = self.ops.dense(
+      _path(self, "kernel"), layout.weight(kernel.astype(x.dtype), self.axes), x
+    )
+    out = layout.activation(out, self.out_axis)
     if self.lora is None:
       return out
     rank = self.lora.rank
@@ -113,7 +122,11 @@ class RMSNorm(nn.Module):
       jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps
     )
     normed = (wide * inverse).astype(x.dtype)
-    return self.ops.scale(_path(self, "scale"), scale.astype(x.dtype), normed)
+    return self.ops.scale(
+      _path(self, "scale"),
+      layout.weight(scale.astype(x.dtype), self.axes),
+      normed,
+    )
 
 
 class Embed(nn.Module):
@@ -137,9 +150,9 @@ class Embed(nn.Module):
     self, tokens: Int[Array, "*b"], *, dtype: jnp.dtype
   ) -> Float[Array, "*b D"]:
     """Rows of the table."""
-    return self.ops.embed(
-      _path(self, "table"), self.table.astype(dtype), tokens
-    )
+    table = layout.weight(self.table.astype(dtype), ("vocab", "embed"))
+    rows = self.ops.embed(_path(self, "table"), table, tokens)
+    return layout.activation(rows)
 
   def attend(self, x: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
     """Logits with tied weights: x @ table.T."""

@@ -42,6 +42,7 @@ from ppnet import config as config_lib
 from ppnet.core import checks, param_ops
 from ppnet.kernels import noisy_attention, reference
 from ppnet.models import layers, private_cut
+from ppnet.sharding import layout
 
 Leaf = Any
 
@@ -241,11 +242,11 @@ class DecoderLayer(nn.Module):
       segment_ids=segment_ids,
       cache=cache,
     )
-    x = x + attended
+    x = layout.activation(x + attended)
     x = x + FeedForward(self.config, self.ops, name="mlp")(
       layers.RMSNorm(eps, self.ops, name="mlp_norm")(x)
     )
-    return x, fresh
+    return layout.activation(x), fresh
 
 
 def _of_layer(

@@ -31,6 +31,7 @@ from ppnet.privacy import (
   taps,
   unit_rows,
 )
+from ppnet.sharding import layout
 
 PyTree = Any
 LossFn = Callable[..., Any]  # (params, batch, ops=PLAIN) -> losses.
@@ -475,7 +476,8 @@ def _vmap_engine(
     # Widen first: float16 squares overflow at 256.
     return losses, aux, jax.tree.map(lambda x: x.astype(jnp.float32), grad)
 
-  losses, aux, grads = jax.vmap(unit_grad)(  # Leaves [U, ...].
+  # Leaves [U, ...]; on a mesh the units stay where their rows are.
+  losses, aux, grads = jax.vmap(unit_grad, spmd_axis_name=layout.batch_axes())(
     jax.tree.map(rows.by_unit, rows.without_padding(batch, padding)),
     rows.by_unit(rows.weights(padding)),
   )

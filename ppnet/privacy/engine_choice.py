@@ -103,7 +103,8 @@ def _kept_bytes(sites: Sequence[taps.Site]) -> int:
     else:
       site = group[0]
       slices = math.prod(site.lengths)
-      total += 4 * slices * site.x.shape[0] * math.prod(site.view.shape)
+      size = slices * site.x.shape[0] * math.prod(site.view.shape)
+      total += size * jnp.dtype(ghost.kept_dtype(group)).itemsize
   return total
 
 

@@ -33,6 +33,12 @@ where 1 took 1.85, and as long within the noise at d 256 and T 128 with a tenth
 less memory. A probe writes nothing that outlives it and changes over at
 m n = T (m + n).
 
+In bfloat16 a gradient of one use is kept in bfloat16, as the plain backward
+pass has it, and its norm is that of what was kept, so that norm and sum agree.
+It is kept where it takes up to 1.4 times the memory of the record: it saves a
+product of every weight, which is a quarter of a rematerialised step. On a mesh
+(`sharding.layout`) all sizes are those of one device.
+
 | edge case | result |
 | --- | --- |
 | NaN or infinity in an example | NaN in its own `Stats`; in no sum |
@@ -57,10 +63,13 @@ import jax.numpy as jnp
 
 from ppnet.core import checks
 from ppnet.privacy import outer_products, taps
+from ppnet.sharding import layout
 
 PyTree = Any
 
-_KEEP_SHARE = 0.4  # See the module's docstring.
+# See the module's docstring.
+_KEEP_SHARE = 0.4
+_KEEP_SHARE_LOW = 1.4
 
 
 class Way(enum.Enum):
@@ -134,7 +143,16 @@ def per_example(
   for leaf in uses:
     if ways[leaf] is Way.KEEP:
       rest = leaves[leaf].shape[len(slices[leaf]) :]
-      by_leaf[leaf] = jnp.zeros((*slices[leaf], num_units, *rest))
+      zeros = jnp.zeros(
+        (*slices[leaf], num_units, *rest), kept_dtype(uses[leaf])
+      )
+      copies = layout.unit_grads(zeros, leaf, len(rest))
+      by_leaf[leaf] = copies, None
+      if zeros.dtype != jnp.float32:  # Of one use, so that squares are whole.
+        by_leaf[leaf] = (
+          copies,
+          outer_products.zero_stats((*slices[leaf], num_units)),
+        )
     elif ways[leaf] is Way.PROBE:
       by_leaf[leaf] = outer_products.zero_stats((*slices[leaf], num_units))
   by_site = {
@@ -172,9 +190,15 @@ def per_example(
     if ways[leaf] is Way.RECORD
   }
   stats = [outer_products.zero_stats((num_units,)) for _ in leaves]
+  kept: dict[int, jax.Array] = {}
   for leaf, value in from_leaf.items():
-    is_kept = ways[leaf] is Way.KEEP
-    stats[leaf] = _kept_stats(value, slices[leaf]) if is_kept else value
+    if ways[leaf] is Way.KEEP:
+      grads, value = value
+      num_axes = grads.ndim - len(slices[leaf]) - 1
+      kept[leaf] = layout.unit_grads(grads, leaf, num_axes)
+      if value is None:
+        value = _kept_stats(kept[leaf], slices[leaf])
+    stats[leaf] = value
   for leaf, factors in factors_of.items():
     stats[leaf] = jax.tree.map(
       lambda x, leaf=leaf: x.reshape(*slices[leaf], num_units),
@@ -194,11 +218,12 @@ def per_example(
         grad = _recorded_sum(factors_of[i], full[i], uses[i])
       elif i in again:
         grad = again[i]
-      elif i in from_leaf:
-        grad = _kept_sum(from_leaf[i], full[i])
+      elif i in kept:
+        grad = _kept_sum(kept[i], full[i], i)
       else:
         grad = jnp.zeros(leaf.shape)
-      out.append(grad.reshape(leaf.shape).astype(jnp.float32))
+      grad = grad.reshape(leaf.shape).astype(jnp.float32)
+      out.append(layout.grad(grad, i))
     return structure.unflatten(out)
 
   return PerExample(
@@ -208,20 +233,46 @@ def per_example(
 
 def choose_way(sites: Sequence[taps.Site], *, may_probe: bool) -> Way:
   """The way of one parameter, by local shapes; see the module's docstring."""
-  size = math.prod(sites[0].view.shape)
   is_matrix = all(site.kind in ("dense", "embed") for site in sites)
   if not is_matrix:
     return Way.KEEP  # Vectors: [U, n] is less than any record.
-  recorded = 0
-  for site in sites:
-    again = math.prod(site.lengths) // _num_slices(site)
-    tokens = again * math.prod(site.out.shape[1:-1])
-    inputs = 1 if site.kind == "embed" else site.weight[0]
-    recorded += tokens * (inputs + site.weight[1])
   if may_probe and _is_used_once(sites):
     return Way.PROBE
   aligned = all(_orientation(site, sites) is not None for site in sites)
-  return Way.RECORD if aligned and size > _KEEP_SHARE * recorded else Way.KEEP
+  is_low = kept_dtype(sites) != jnp.float32
+  share = _KEEP_SHARE_LOW if is_low else _KEEP_SHARE
+  is_larger = _local_size(sites[0]) > share * sum(map(_local_record, sites))
+  return Way.RECORD if aligned and is_larger else Way.KEEP
+
+
+def kept_dtype(sites: Sequence[taps.Site]) -> Any:
+  """In which dtype each unit's gradient of one parameter is kept.
+
+  Uses are added up in float32, and float16 would overflow.
+  """
+  is_low = all(
+    site.kind == "dense" and site.x.dtype == site.out.dtype == jnp.bfloat16
+    for site in sites
+  )
+  return jnp.bfloat16 if is_low and _is_used_once(sites) else jnp.float32
+
+
+def _local_size(site: taps.Site) -> float:
+  """Entries of a slice of the parameter, on one device."""
+  shape = site.view.shape
+  parts = math.prod(layout.ways(site.view.leaf, len(shape)))
+  return math.prod(shape) / parts
+
+
+def _local_record(site: taps.Site) -> float:
+  """Entries that a use leaves for each unit and slice, on one device."""
+  again = math.prod(site.lengths) // _num_slices(site)
+  tokens = again * math.prod(site.out.shape[1:-1])
+  inputs = 1 if site.kind == "embed" else site.weight[0]
+  parts = (1, 1)
+  if not site.view.steps and len(site.view.shape) == 2:
+    parts = layout.ways(site.view.leaf, 2)
+  return tokens * (inputs / parts[0] + site.weight[1] / parts[1])
 
 
 def _num_slices(site: taps.Site) -> int:
@@ -290,23 +341,38 @@ def _to_slices(weights: jax.Array, slices: tuple[int, ...]) -> jax.Array:
 
 
 def _keep(site, weight, x, frame, num_units) -> jax.Array:
-  """KEEP: the extra input is each unit's own copy of the weight."""
+  """KEEP: the extra input is each unit's own copy of the weight.
+
+  Where it is kept in bfloat16, `Stats` leave beside it: they are of what was
+  rounded, and read it while it is at hand.
+  """
+  copies, stats = frame.by_leaf[site.view.leaf]
+  dtype = copies.dtype
 
   @jax.custom_vjp
-  def apply(weight, x, copies):
-    del copies  # For its cotangent alone.
+  def apply(weight, x, extra):
+    del extra  # For its cotangent alone.
     return taps.plain(site.kind, weight, x)
 
-  def forward(weight, x, copies):
-    return apply(weight, x, copies), (weight, x)
+  def forward(weight, x, extra):
+    return apply(weight, x, extra), (weight, x)
 
   def backward(kept, g):
     weight, x = kept
     grads = _unit_grads(site, x, g, num_units)
-    return None, _input_grad(site, weight, g), grads
+    own = None
+    if stats is not None:
+      # XLA may leave out a cast to bfloat16 and back, for one reader and not
+      # for another; this it may not.
+      grads = jax.lax.reduce_precision(grads, exponent_bits=8, mantissa_bits=7)
+      own = _kept_stats(grads, ())
+    grads = layout.unit_grads(
+      grads.astype(dtype), site.view.leaf, grads.ndim - 1
+    )
+    return None, _input_grad(site, weight, g), (grads, own)
 
   apply.defvjp(forward, backward)
-  return apply(weight, x, frame.by_leaf[site.view.leaf])
+  return apply(weight, x, (copies, stats))
 
 
 def _record(site, weight, x, frame, num_units) -> jax.Array:
@@ -462,6 +528,7 @@ def _kept_stats(
 ) -> outer_products.Stats:
   """outer_products.Stats of [*slices, U, *slice]."""
   axes = tuple(range(len(slices) + 1, kept.ndim))
+  kept = kept.astype(jnp.float32)
   zeros = jnp.zeros(kept.shape[: len(slices) + 1])
   return outer_products.Stats(
     squared=jnp.sum(jnp.square(kept), axis=axes),
@@ -471,14 +538,27 @@ def _kept_stats(
   )
 
 
-def _kept_sum(kept: jax.Array, weights: jax.Array) -> jax.Array:
+def _kept_sum(kept: jax.Array, weights: jax.Array, leaf: int) -> jax.Array:
   """Sum over units of [*slices, U, *slice] times weights [*slices, U, 2]."""
-  shape = weights.shape[:-1] + (1,) * (kept.ndim - weights.ndim + 1)
-  first, second = (weights[..., i].reshape(shape) for i in (0, 1))
-  keep = outer_products.is_kept(weights).reshape(shape)
-  # Select, do not multiply by zero: 0 * NaN is NaN.
-  chosen = jnp.where(keep, kept * first * second, 0.0)
-  return jnp.sum(chosen, axis=weights.ndim - 2)
+  num_slices = weights.ndim - 2
+
+  def total(pair):  # [..., U, *slice], [..., U, 2]
+    kept, weights = pair
+    shape = weights.shape[:-1] + (1,) * (kept.ndim - weights.ndim + 1)
+    first, second = (weights[..., i].reshape(shape) for i in (0, 1))
+    keep = outer_products.is_kept(weights).reshape(shape)
+    # Select, do not multiply by zero: 0 * NaN is NaN.
+    wide = kept.astype(jnp.float32)
+    chosen = jnp.where(keep, wide * first * second, 0.0)
+    return layout.grad(jnp.sum(chosen, axis=weights.ndim - 2), leaf)
+
+  if not num_slices or not layout.is_spread():
+    return total((kept, weights))
+  # Slice by slice: devices reduce a whole slice each before it is divided.
+  flat = jax.tree.map(
+    lambda x: x.reshape(-1, *x.shape[num_slices:]), (kept, weights)
+  )
+  return jax.lax.map(total, flat)
 
 
 def _recorded_sum(

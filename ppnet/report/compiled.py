@@ -5,6 +5,14 @@ from typing import Any
 
 from ppnet.report import tables
 
+_TIMES = {
+  "compute_secs": "compute",
+  "kernel_secs": "kernels",
+  "memory_secs": "of it memory",
+  "collective_secs": "collectives",
+  "least_secs": "at least",
+  "most_secs": "at most",
+}
 _HEADER = (
   "per device",
   "arguments",
@@ -20,7 +28,8 @@ def compile_table(record: Mapping[str, Any]) -> str:
   """Lays out `compile.json` for a terminal, in Markdown.
 
   Outputs that take a donated argument's place are not counted twice. "Waiting"
-  is train state that a program does not touch.
+  is train state that a program does not touch. Times and what is sent are those
+  of conditionals' cheapest branches; the record has the dearest, too.
   """
   mesh = " x ".join(f"{axis} {size}" for axis, size in record["mesh"].items())
   engine = record["engine"]
@@ -41,7 +50,84 @@ def compile_table(record: Mapping[str, Any]) -> str:
     for program in record["programs"]
     if program["message"]
   ]
+  lines += _times(record) + _sent(record) + _recommended(record)
   return "\n".join(lines)
+
+
+def _times(record: Mapping[str, Any]) -> list[str]:
+  """Estimated time of each program and of a step, and what is left out."""
+  rows = [
+    [
+      program["name"],
+      f"{program['least']['matmul_flops'] / 1e12:,.1f}",
+      *(_secs(program["least"][name]) for name in _TIMES),
+    ]
+    for program in record["programs"]
+    if program["least"]
+  ]
+  step = record["step"]
+  if not rows or not step:
+    return []
+  rows.append(
+    [
+      f"step: {step['num_microbatches']} x accumulate, and the rest",
+      "",
+      *(_secs(step[name]) for name in _TIMES),
+    ]
+  )
+  header = ("estimated, per device", "TFLOP", *_TIMES.values())
+  return [
+    "",
+    tables.markdown_table(header, rows),
+    "\nThe estimate leaves out:",
+    *(f"- {each}" for each in step["left_out"]),
+  ]
+
+
+def _sent(record: Mapping[str, Any]) -> list[str]:
+  """What a device sends in each program, by kind of collective and by axes."""
+  rows = [
+    [program["name"], each["kind"], each["axes"], _size(each["bytes"])]
+    for program in record["programs"]
+    if program["least"]
+    for each in program["least"]["sent_bytes"]
+    if each["bytes"] >= 1e-3 * program["least"]["sent_bytes"][0]["bytes"]
+  ]
+  if not rows:
+    return []
+  header = ("sent by a device", "collective", "along", "bytes")
+  return ["", tables.markdown_table(header, rows)]
+
+
+def _recommended(record: Mapping[str, Any]) -> list[str]:
+  """What else was compiled, and what to take."""
+  found = record.get("recommended")
+  if not found:
+    return []
+  rows = [
+    [
+      each["engine"],
+      str(each["microbatch_size"]),
+      _size(each["total_bytes"]),
+      "yes" if each["fits"] else "no",
+      _secs(each["step"]["most_secs"]) if each["step"] else "-",
+      _size(each["step"]["sent_bytes"]) if each["step"] else "-",
+    ]
+    for each in found["tried"]
+  ]
+  header = ("engine", "microbatch", "together", "fits", "step", "sent")
+  lines = ["", tables.markdown_table(header, rows), ""]
+  if (best := found["best"]) is None:
+    return [*lines, "Nothing that was tried fits: split more ways (mesh)."]
+  advice = f"--config.perf.microbatch_size={best['microbatch_size']}"
+  if best["engine"] != record["tried_engine"]:
+    advice += f" --config.perf.engine={best['engine'].lower()}"
+  return [*lines, f"Recommended: {advice}"]
+
+
+def _secs(secs: float) -> str:
+  """For people."""
+  return f"{secs:.3f} s"
 
 
 def _cells(program: Mapping[str, Any]) -> list[str]:
@@ -63,6 +149,10 @@ def _cells(program: Mapping[str, Any]) -> list[str]:
   ]
 
 
-def _size(num_bytes: int | None) -> str:
+def _size(num_bytes: float | None) -> str:
   """For people."""
-  return "-" if num_bytes is None else f"{num_bytes / 2**30:.2f} GiB"
+  if num_bytes is None:
+    return "-"
+  if 0 < num_bytes < 2**20:
+    return f"{num_bytes / 2**10:.2f} KiB"
+  return f"{num_bytes / 2**30:.2f} GiB"

@@ -4,18 +4,20 @@ The programs are those of `train.program`, lowered with shapes in the place of
 arrays and compiled by libtpu (`pip install libtpu`; no TPU is needed). Nothing
 is computed, and nothing is as large as the model.
 
-Reads as: does one microbatch, and the update behind it, fit a chip's memory?
+Reads as: does one microbatch, and the update behind it, fit a chip's memory,
+how long would a step take, and which microbatch would be better?
 
 *What is left out.* Memory of the data that wait for the next microbatch, of the
 program itself beside what the compiler says, and of checkpoints on their way to
-the host. Time is not estimated.
+the host. Of time see `train.estimate`.
 """
 
+import copy
 import dataclasses
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -24,20 +26,14 @@ import numpy as np
 from jax.experimental import mesh_utils, topologies
 
 from ppnet import config as config_lib
-from ppnet.core import checks, prng
+from ppnet.core import checks, hlo, prng
 from ppnet.privacy import mechanism as mechanism_lib
 from ppnet.sharding import mesh as mesh_lib
 from ppnet.sharding import rules as rules_lib
+from ppnet.train import estimate as estimate_lib
+from ppnet.train import microbatch
 from ppnet.train import program as program_lib
 
-# What the compiler lets a program have of each kind of device, in bytes; it
-# names the number where a program is larger (libtpu 0.0.51).
-_AVAILABLE_BYTES = {
-  "TPU v4": int(30.75 * 2**30),
-  "TPU v5": int(95.73 * 2**30),
-  "TPU v5 lite": int(15.75 * 2**30),
-  "TPU v6 lite": int(31.24 * 2**30),
-}
 _EXAMPLES = ("v4:4x4x4", "v5e:8x8", "v5p:4x4x4", "v6e:8x8")
 
 
@@ -62,8 +58,12 @@ class Compiled:
       says before the compiler sees it; the fewest and the most, where
       conditionals have branches of different cost. None if a loop's length is
       not known.
+    least: what one execution takes, conditionals by their cheapest branches;
+      None where the program was refused or its text cannot be read.
+    most: the same by their dearest branches.
     compile_secs: seconds.
-    message: the compiler's own words where it refused.
+    message: the compiler's own words where it refused, or why there is no
+      `least`.
   """
 
   name: str
@@ -76,6 +76,8 @@ class Compiled:
   total_bytes: int | None = None
   code_bytes: int | None = None
   matmul_flops: tuple[int, int] | None
+  least: estimate_lib.Estimate | None = None
+  most: estimate_lib.Estimate | None = None
   compile_secs: float
   message: str = ""
 
@@ -95,8 +97,11 @@ def compile_for(config: config_lib.ExperimentConfig) -> dict[str, Any]:
   Returns:
     The content of `compile.json`: "topology", "num_devices", "device_kind",
     "available_bytes" of one device, "mesh", "num_parameters", "num_frozen",
-    "num_tokens", "microbatch_size", "engine", "attention", "fits", and
-    "programs", a list of `Compiled`.
+    "num_tokens", "expected_batch_size", "microbatch_size",
+    "tried_engine" (as configured), "engine" (what AUTO is, and why),
+    "attention", "fits", "programs", a list of `Compiled`, "step", see
+    `estimate.step`, and, where `compile_search` asks for it, "recommended":
+    all that was "tried", and the "best" of it or None.
 
   Raises:
     ValueError: no such topology, no libtpu, or a mesh, microbatch or model that
@@ -104,33 +109,143 @@ def compile_for(config: config_lib.ExperimentConfig) -> dict[str, Any]:
   """
   devices = topology_devices(config.topology)
   kind = devices[0].device_kind
-  program = _program(config, devices)
-  available = _AVAILABLE_BYTES.get(kind)
-  if available is None:
+  chip = estimate_lib.CHIPS.get(kind)
+  if chip is None:
     checks.fail(
-      f"a kind of device in {sorted(_AVAILABLE_BYTES)}", device_kind=kind
+      f"a kind of device in {sorted(estimate_lib.CHIPS)}", device_kind=kind
     )
+  program = _program(config, devices)
   programs = [
-    _compile(name, function, args, available, resident_bytes=resident)
-    for name, function, args, resident in _calls(config, program)
+    _compile(call, chip, dict(program.mesh.shape))
+    for call in _calls(config, program)
   ]
-  return {
+  record = {
     "topology": config.topology,
     "num_devices": len(devices),
     "device_kind": kind,
-    "available_bytes": available,
+    "available_bytes": chip.available_bytes,
+    "chip": chip,
     "mesh": dict(program.mesh.shape),
     "num_parameters": program.num_parameters,
     "num_frozen": sum(
       math.prod(leaf.shape) for leaf in jax.tree.leaves(program.abstract_frozen)
     ),
     "num_tokens": _num_tokens(config),
+    "expected_batch_size": config.train.expected_batch_size,
     "microbatch_size": config.perf.microbatch_size,
+    "tried_engine": config.perf.engine,
     "engine": program.engine,
     "attention": config.model.decoder.attention,
     "fits": all(each.fits for each in programs),
     "programs": programs,
+    "step": _step(config, config.perf.microbatch_size, *programs),
   }
+  if config.compile_search is not config_lib.CompileSearch.NONE:
+    record["recommended"] = _recommend(config, devices, chip, programs)
+  return record
+
+
+def _step(
+  config: config_lib.ExperimentConfig,
+  microbatch_size: int,
+  accumulate: Compiled,
+  *once: Compiled,
+) -> dict[str, Any] | None:
+  """Time of a whole step, where all programs tell theirs."""
+  times = [each.least for each in (accumulate, *once) if each.least is not None]
+  if len(times) <= len(once):
+    return None
+  return estimate_lib.step(
+    *times,
+    expected_batch_size=config.train.expected_batch_size,
+    microbatch_size=microbatch_size,
+  )
+
+
+def _recommend(
+  config: config_lib.ExperimentConfig,
+  devices: list[jax.Device],
+  chip: estimate_lib.Chip,
+  programs: list[Compiled],
+) -> dict[str, Any]:
+  """Which microbatch, and which engine, to take; every one tried is listed.
+
+  The first engine is the configuration's own, and its first microbatch is
+  compiled already. See `microbatch.search`.
+  """
+  accumulate, *once = programs
+  tried = []
+
+  def try_one(engine, size):
+    again = copy.deepcopy(config)
+    again.perf.engine, again.perf.microbatch_size = engine, size
+    program = _program(again, devices)
+    call = next(iter(_calls(again, program)))
+    return _compile(call, chip, dict(program.mesh.shape))
+
+  for engine in _engines(config):
+    is_own = engine is config.perf.engine
+    known = {config.perf.microbatch_size: accumulate} if is_own else {}
+    found = microbatch.search(
+      lambda size, engine=engine, known=known: (
+        known.get(size) or try_one(engine, size)
+      ),
+      start=config.perf.microbatch_size,
+      unit=num_batch_parts(config, len(devices)),
+      largest=config.train.expected_batch_size,
+      available_bytes=chip.available_bytes,
+    )
+    tried += [
+      {
+        "engine": engine,
+        "microbatch_size": size,
+        "fits": each.fits,
+        "total_bytes": each.total_bytes,
+        "message": each.message,
+        "step": _step(config, size, each, *once),
+      }
+      for size, each in found.items()
+    ]
+  best = None
+  fitting = [
+    each for each in tried if each["fits"] and all(other.fits for other in once)
+  ]
+  if fitting:
+    best = min(fitting, key=_preference)
+  return {"tried": tried, "best": best}
+
+
+def _preference(tried: Mapping[str, Any]) -> tuple[float, int]:
+  """Shortest step first; where no time is known, the largest microbatch."""
+  step = tried["step"]
+  secs = step["most_secs"] if step else math.inf
+  return secs, -tried["microbatch_size"]
+
+
+def _engines(config: config_lib.ExperimentConfig) -> list[config_lib.Engine]:
+  """The configuration's own engine, and others if they are asked for."""
+  own = config.perf.engine
+  if (
+    config.compile_search is not config_lib.CompileSearch.ENGINE
+    or not config.privacy.enabled
+    or config.privacy.clipping is not config_lib.Clipping.PER_EXAMPLE
+  ):
+    return [own]
+  others = [config_lib.Engine.BOOKKEEPING, config_lib.Engine.VMAP]
+  low = (
+    config.model.decoder.compute_dtype is not config_lib.ComputeDtype.FLOAT32
+  )
+  if not low:  # It refuses other dtypes.
+    others.append(config_lib.Engine.GHOST)
+  return [own, *(engine for engine in others if engine is not own)]
+
+
+def num_batch_parts(
+  config: config_lib.ExperimentConfig, num_devices: int
+) -> int:
+  """Devices among which a microbatch is shared; it is a multiple of this."""
+  sizes = mesh_lib.sizes(config.mesh, num_devices)
+  return sizes[0] * sizes[1]
 
 
 def topology_devices(name: str) -> list[jax.Device]:
@@ -219,10 +334,29 @@ def _program(
   )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Call:
+  """Something to compile.
+
+  Attributes:
+    name: of the field of `program.Program`.
+    function: jitted.
+    args: shapes of its arguments.
+    kwargs: of those by name.
+    resident_bytes: of what else lives on the device.
+  """
+
+  name: str
+  function: Any
+  args: tuple[Any, ...]
+  kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  resident_bytes: int
+
+
 def _calls(
   config: config_lib.ExperimentConfig, program: program_lib.Program
-) -> Iterator[tuple[str, Any, tuple[tuple, dict], int]]:
-  """(name, function, arguments, bytes of what else lives on the device)."""
+) -> Iterator[_Call]:
+  """What a step runs: `accumulate` first, then what runs once."""
   state, mesh = program.abstract_state, program.mesh
   replicated = rules_lib.replicated(mesh)
   key = _placed(jax.eval_shape(lambda: prng.root(0)), replicated)
@@ -240,22 +374,29 @@ def _calls(
   if program.model.cut is not None:
     keys = jax.eval_shape(lambda: jax.random.split(prng.root(0), num_rows))
     batch["cut_key"] = _placed(keys, program.rules.batch_sharding(mesh))
-  frozen = program.abstract_frozen
-  yield (
-    "accumulate",
-    program.accumulate,
-    (
-      (grad_sum, state.params, batch, key, state.step, state.clip_norm),
-      {"frozen": frozen} if frozen else {},
-    ),
-    _bytes((state.opt_state, noise_state)),
+  frozen, weights = program.abstract_frozen, program.abstract_weights
+  is_gathered = weights is not state.params
+  waits = (state.opt_state, noise_state, state.params if is_gathered else ())
+  yield _Call(
+    name="accumulate",
+    function=program.accumulate,
+    args=(grad_sum, weights, batch, key, state.step, state.clip_norm),
+    kwargs={"frozen": frozen} if frozen else {},
+    resident_bytes=_bytes(waits),
   )
-  yield (
-    "update",
-    program.update,
-    ((state, grad_sum, key, noise_state), {}),
-    _bytes(frozen),
+  yield _Call(
+    name="update",
+    function=program.update,
+    args=(state, grad_sum, key, noise_state),
+    resident_bytes=_bytes(frozen),
   )
+  if is_gathered:
+    yield _Call(
+      name="weights",
+      function=program.weights,
+      args=(state.params,),
+      resident_bytes=_bytes((frozen, state.opt_state, grad_sum, noise_state)),
+    )
 
 
 def _placed(tree: Any, sharding: jax.sharding.Sharding) -> Any:
@@ -277,28 +418,25 @@ def _bytes(tree: Any) -> int:
 
 
 def _compile(
-  name: str,
-  function: Any,
-  args: tuple[tuple, dict],
-  available_bytes: int,
-  *,
-  resident_bytes: int,
+  call: _Call, chip: estimate_lib.Chip, mesh: Mapping[str, int]
 ) -> Compiled:
   """Lowers and compiles; a program that is too large is a result."""
-  positional, named = args
   start = time.monotonic()
-  traced = function.trace(*positional, **named)
+  traced = call.function.trace(*call.args, **call.kwargs)
   flops = matmul_flops(traced.jaxpr.jaxpr)
+  known = {
+    "name": call.name,
+    "resident_bytes": call.resident_bytes,
+    "matmul_flops": flops,
+  }
   try:
     compiled = traced.lower().compile()
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
     return Compiled(
-      name=name,
+      **known,
       fits=False,
-      resident_bytes=resident_bytes,
-      matmul_flops=flops,
       compile_secs=time.monotonic() - start,
       message=str(error),
     )
@@ -308,21 +446,69 @@ def _compile(
     + memory.temp_size_in_bytes
     + memory.output_size_in_bytes
     - memory.alias_size_in_bytes
-    + resident_bytes  # Of which the compiler does not know.
+    + call.resident_bytes  # Of which the compiler does not know.
+  )
+  compile_secs = time.monotonic() - start
+  least, most, message = _costs(
+    compiled,
+    chip,
+    mesh,
+    kernel_flops(traced.jaxpr.jaxpr) / math.prod(mesh.values()),
   )
   return Compiled(
-    name=name,
-    fits=total <= available_bytes,
+    **known,
+    fits=total <= chip.available_bytes,
     argument_bytes=memory.argument_size_in_bytes,
     temp_bytes=memory.temp_size_in_bytes,
     output_bytes=memory.output_size_in_bytes,
     alias_bytes=memory.alias_size_in_bytes,
-    resident_bytes=resident_bytes,
     total_bytes=total,
     code_bytes=memory.generated_code_size_in_bytes,
-    matmul_flops=flops,
-    compile_secs=time.monotonic() - start,
+    least=least,
+    most=most,
+    compile_secs=compile_secs,
+    message=message,
   )
+
+
+def _costs(
+  compiled: Any,
+  chip: estimate_lib.Chip,
+  mesh: Mapping[str, int],
+  own_kernel_flops: float,
+) -> tuple[estimate_lib.Estimate | None, estimate_lib.Estimate | None, str]:
+  """The least and the most of one execution, or why they are not known."""
+  try:
+    # libtpu cannot hand out the text of every large program.
+    costs = hlo.cost(compiled.as_text() or "")
+  except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
+    return None, None, f"No estimate: {error}"
+  least, most = (
+    estimate_lib.estimate(
+      each, chip=chip, mesh=mesh, kernel_flops=own_kernel_flops
+    )
+    for each in costs
+  )
+  return least, most, ""
+
+
+def kernel_flops(jaxpr: jex_core.Jaxpr) -> int:
+  """The most FLOPs of matrix products inside kernels, on all devices.
+
+  Loops of unknown length, as in `matmul_flops`, count nothing.
+  """
+  total = 0
+  eqns: Any = jaxpr.eqns  # JAX types no shapes of their variables.
+  for eqn in eqns:
+    if eqn.primitive.name == "pallas_call":
+      counts = [matmul_flops(body) or (0, 0) for body in _inner(eqn)]
+      total += (_times(eqn) or 0) * sum(most for _, most in counts)
+    else:
+      inner = [kernel_flops(body) for body in _inner(eqn)]
+      is_choice = eqn.primitive.name == "cond"
+      most = max(inner, default=0) if is_choice else sum(inner)
+      total += (_times(eqn) or 0) * most
+  return total
 
 
 def matmul_flops(jaxpr: jex_core.Jaxpr) -> tuple[int, int] | None:

@@ -563,17 +563,19 @@ class _Run:
     """The calls of one step."""
     program = self._program
     grad_sum = program.init_grad_sum(self.state.params)
+    weights = program.weights(self.state.params)
     parts = []
     for microbatch in data["microbatches"]:
       grad_sum, part = program.accumulate(
         grad_sum,
-        self.state.params,
+        weights,
         program.put_batch(microbatch),
         program.root_key,
         self.state.step,
         self.state.clip_norm,
       )
       parts.append(part)
+    del weights  # Of the state as it was.
     self.state, self._noise_state, scalars = program.update(
       self.state, grad_sum, self._noise_key, self._noise_state
     )

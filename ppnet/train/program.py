@@ -18,6 +18,7 @@ from ppnet.data import pipeline
 from ppnet.models import hf, linear, lora, multimodal, private_cut
 from ppnet.privacy import engine_choice, input_privacy
 from ppnet.privacy import mechanism as mechanism_lib
+from ppnet.sharding import layout
 from ppnet.sharding import mesh as mesh_lib
 from ppnet.sharding import rules as rules_lib
 from ppnet.train import initial, losses, optimizer, own_sums
@@ -43,6 +44,9 @@ class Program:
     root_key: root of initial parameters and attention noise, from the seed.
     init: () -> TrainState.
     init_grad_sum: params -> an empty `step.GradSum`.
+    weights: params -> what `accumulate` takes for them: themselves, or where
+      `perf.gather_weights` asks for it a copy to compute with.
+    abstract_weights: shapes, dtypes and shardings of that.
     accumulate: see `step.accumulate`; the running sum is donated.
     init_noise_state: params -> the state of the DP noise before step 0.
     replay_noise: see `step.replay_noise`; the noise state is donated.
@@ -66,6 +70,8 @@ class Program:
   root_key: jax.Array
   init: Any
   init_grad_sum: Any
+  weights: Any
+  abstract_weights: Any
   accumulate: Any
   init_noise_state: Any
   replay_noise: Any
@@ -145,7 +151,6 @@ def build(
   mesh = _mesh(
     config, devices, rules=rules, num_tokens=np.shape(example["tokens"])[0]
   )
-  on_mesh = functools.partial(mesh_lib.within, mesh)
   model = _model(config.model, placeholder_ids, answer_ids)
   tx = optimizer.build(config.optimizer, config.train.num_steps)
   root_key = prng.root(config.seed)
@@ -163,6 +168,11 @@ def build(
   shardings, frozen_shardings = initial.shardings(
     model, tx, example, mesh, rules, mechanism, is_trained=is_trained
   )
+  on_mesh = functools.partial(mesh_lib.within, mesh)
+  if own_sums.num_replicas(mesh, rules) == 1:  # Else each is on one device.
+    on_mesh = functools.partial(
+      layout.within, mesh, rules, param_shardings=shardings.params
+    )
   abstract_state = initial.abstract(
     jax.eval_shape(init_fn, root_key), shardings
   )
@@ -187,6 +197,7 @@ def build(
   )
   num_rows = config.perf.microbatch_size * mechanism.rows_per_unit
   num_rows //= own_sums.num_replicas(mesh, rules)  # An engine sees a replica's.
+  weights, abstract_weights = _weights(config, abstract_state.params, rules)
   # Shardings of inputs travel with the arrays; outputs are pinned, so that no
   # step can change where the state lives.
   program = Program(
@@ -200,13 +211,15 @@ def build(
       _abstract_batch(
         example, num_rows=num_rows, has_cut=model.cut is not None
       ),
-      mesh=mesh,
+      on_mesh=on_mesh,
     ),
     mechanism=mechanism,
     abstract_state=abstract_state,
     abstract_frozen=abstract_frozen,
     root_key=root_key,
     init=jax.jit(functools.partial(init_fn, root_key), out_shardings=shardings),
+    weights=weights,
+    abstract_weights=abstract_weights,
     **_sum_programs(
       on_mesh(_accumulate, loss_fn=loss_fn, clipped_grad_of=clipped_grad_of),
       sum_shardings,
@@ -405,6 +418,33 @@ def _with_frozen(
   )
 
 
+def _weights(
+  config: config_lib.ExperimentConfig, params: Any, rules: rules_lib.Rules
+) -> tuple[Callable[[Any], Any], Any]:
+  """What microbatches compute with, and its shapes.
+
+  The decoder casts its parameters wherever it uses them, so that casting them
+  first changes no value; other modules need not.
+  """
+  if not config.perf.gather_weights:
+    return lambda params: params, params
+  dtype = jnp.dtype(config.model.decoder.compute_dtype.value)
+
+  def cast(params):
+    low = lambda leaf: leaf.astype(dtype)
+    return {
+      name: jax.tree.map(low, part) if name == "decoder" else part
+      for name, part in params.items()
+    }
+
+  sharding_of = lambda leaf: leaf.sharding
+  shardings = jax.tree.map(sharding_of, params)
+  mesh = jax.tree.leaves(shardings)[0].mesh
+  shardings = layout.gathered(mesh, rules, shardings)
+  gather = jax.jit(cast, out_shardings=shardings)
+  return gather, initial.abstract(jax.eval_shape(cast, params), shardings)
+
+
 def _accumulate(
   grad_sum: step_lib.GradSum,
   params: Any,
@@ -596,7 +636,7 @@ def _engine(
   frozen: Any,
   batch: Any,
   *,
-  mesh: Mesh,
+  on_mesh: Callable[..., Any],
 ) -> engine_choice.Choice | None:
   """The engine for these shapes; what is refused is refused here."""
   choices = []
@@ -605,7 +645,7 @@ def _engine(
     grad_fn = clipped_grad_of_frozen(frozen)
     choices.append(grad_fn.engine_choice(params, batch))
 
-  jax.eval_shape(mesh_lib.within(mesh, trace), frozen)
+  jax.eval_shape(on_mesh(trace), frozen)
   return choices[0]
 
 

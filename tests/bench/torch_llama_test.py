@@ -12,7 +12,7 @@ from ppnet import config as config_lib
 from ppnet.bench import engines, torch_llama
 from ppnet.models import llama
 from ppnet.privacy import clipping
-from tests.bench import flops_test
+from tests.core import hlo_test
 
 DECODER = config_lib.LlamaConfig(
   vocab_size=23,
@@ -101,7 +101,7 @@ def test_memory_and_flops_of_a_step(subject):
   program = torch_llama.program(
     torch_llama.plain_step(torch_llama.build(DECODER, params), microbatches)
   )
-  by_hand = flops_test.llama_flops(DECODER, 6, 9)
+  by_hand = hlo_test.llama_flops(DECODER, 6, 9)
   # Attention's backward computes the scores once more.
   by_hand += 2 * DECODER.num_layers * 6 * 9 * 9 * 20
   assert program.flops == (by_hand, by_hand)

@@ -4,6 +4,7 @@ What calls the compiler needs libtpu from PyPI (`pip install libtpu`) and no
 TPU. It runs in processes of its own: libtpu reads its settings once.
 """
 
+import dataclasses
 import importlib.util
 import os
 import subprocess
@@ -17,13 +18,14 @@ from ppnet import config as config_lib
 from ppnet import main
 from ppnet.core import records
 from ppnet.report import compiled
-from ppnet.train import compile_only
+from ppnet.train import compile_only, estimate
 from tests import tiny
 
 needs_libtpu = pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None,
   reason="libtpu is not installed; pip install libtpu (no TPU is needed)",
 )
+CHIP = estimate.CHIPS["TPU v5 lite"]
 # Known noise instead of a known budget: its calibration takes longer.
 _QUICK = (
   "--config.job=COMPILE",
@@ -65,18 +67,23 @@ def test_a_two_layer_model_compiles_for_four_chips(tmp_path, attention):
     "--config.mesh.tensor=2",
     "--config.perf.engine=vmap",
     f"--config.model.decoder.attention={attention}",
+    *(
+      ("--config.compile_search=none", "--config.perf.gather_weights=true")
+      if attention == "tpu"
+      else ()
+    ),
   )
-  assert done.returncode == 0
+  assert done.returncode == 0, done.stderr[-2000:]
   assert found["fits"]
   assert found["mesh"] == {"data": 1, "fsdp": 2, "tensor": 2}
   assert found["num_devices"] == 4
   assert found["device_kind"] == "TPU v5 lite"
-  accumulate, update = found["programs"]
+  accumulate, update, *others = found["programs"]
   assert [accumulate["name"], update["name"]] == ["accumulate", "update"]
   # Adam's moments wait while gradients are accumulated: of each parameter two,
   # most of them in quarters.
   share = accumulate["resident_bytes"] / (8 * found["num_parameters"])
-  assert 0.25 <= share < 0.5
+  assert 0.25 <= share < (0.75 if others else 0.5)
   assert update["resident_bytes"] == 0
   least, most = accumulate["matmul_flops"]
   # VMAP has no conditionals; 6 per parameter and token is the model's own part,
@@ -87,6 +94,43 @@ def test_a_two_layer_model_compiles_for_four_chips(tmp_path, attention):
   else:  # A kernel leaves out the blocks that the causal mask hides.
     assert least < most > own
   assert compiled.compile_table(found) in done.stdout
+  check_estimate(found, accumulate)
+  if attention == "tpu":
+    (weights,) = others
+    sent = {each["kind"] for each in weights["least"]["sent_bytes"]}
+    assert sent == {"all-gather"}
+    assert set(accumulate["least"]["kernels"]) >= {"noisy_attention_forward"}
+    assert accumulate["least"]["kernel_secs"] > 0
+    assert "recommended" not in found
+    return
+  # A whole batch, of an expected size of 24, is the most that is of use.
+  assert [
+    each["microbatch_size"] for each in found["recommended"]["tried"]
+  ] == [
+    16,
+    24,
+  ]
+  assert found["recommended"]["best"]["microbatch_size"] == 24
+  assert "Recommended: --config.perf.microbatch_size=24" in done.stdout
+
+
+def check_estimate(found, accumulate):
+  """Gradients are summed over what splits the batch, and steps are sums."""
+  least, step = accumulate["least"], found["step"]
+  sent = {(each["kind"], each["axes"]) for each in least["sent_bytes"]}
+  assert any(
+    "fsdp" in axes and kind in ("all-reduce", "reduce-scatter")
+    for kind, axes in sent
+  )
+  assert all(set(axes.split("+")) <= {"fsdp", "tensor"} for _, axes in sent)
+  # What the compiler multiplies is what the program says, kernels aside; it
+  # leaves out what it can tell to be zero.
+  own = accumulate["matmul_flops"][1]
+  assert 0 < least["matmul_flops"] * found["num_devices"] < 1.5 * own
+  assert least["compute_secs"] > 0
+  assert step["num_microbatches"] == 2
+  once = sum(each["least"]["most_secs"] for each in found["programs"][1:])
+  assert step["most_secs"] == pytest.approx(2 * least["most_secs"] + once)
 
 
 @pytest.mark.slow
@@ -102,6 +146,7 @@ def test_what_does_not_fit_is_said_in_the_compiler_s_words(tmp_path):
   )
   assert done.returncode == 1
   assert "does not fit v5e:2x2" in done.stderr
+  assert "RESOURCE_EXHAUSTED" in done.stdout
   assert not found["fits"]
   assert "RESOURCE_EXHAUSTED" in found["programs"][0]["message"]
   assert found["programs"][1]["fits"]
@@ -144,7 +189,7 @@ def test_an_unknown_topology_is_refused():
 def test_a_device_is_a_chip_whose_memory_is_known(name, count):
   devices = compile_only.topology_devices(name)
   assert len(devices) == count
-  assert devices[0].device_kind in compile_only._AVAILABLE_BYTES
+  assert devices[0].device_kind in estimate.CHIPS
 
 
 def test_a_job_without_a_topology_is_refused(tmp_path):
@@ -160,7 +205,11 @@ def test_what_waits_on_the_device_counts():
 
   def fits(available, resident):
     return compile_only._compile(
-      "square", square, ((x,), {}), available, resident_bytes=resident
+      compile_only._Call(
+        name="square", function=square, args=(x,), resident_bytes=resident
+      ),
+      dataclasses.replace(CHIP, available_bytes=available),
+      {"data": 1},
     )
 
   own = fits(2**30, 0)
@@ -186,16 +235,15 @@ def test_a_program_that_is_refused_is_a_result():
 
   function = Refused()
   function.message = "RESOURCE_EXHAUSTED: 28.5G of 15.75G"
-  found = compile_only._compile(
-    "large", function, ((1.0,), {}), 2**30, resident_bytes=5
+  call = compile_only._Call(
+    name="large", function=function, args=(1.0,), resident_bytes=5
   )
+  found = compile_only._compile(call, CHIP, {"data": 1})
   assert (found.fits, found.total_bytes) == (False, None)
   assert "28.5G" in found.message
   function.message = "INTERNAL: a bug"
   with pytest.raises(jax.errors.JaxRuntimeError, match="a bug"):
-    compile_only._compile(
-      "broken", function, ((1.0,), {}), 2**30, resident_bytes=5
-    )
+    compile_only._compile(call, CHIP, {"data": 1})
 
 
 def test_flops_count_loops_branches_and_devices():

@@ -258,10 +258,15 @@ def test_no_key_reaches_a_checkpoint(uninterrupted, prepared):
 
 
 @pytest.mark.parametrize(
-  "axes", [pytest.param((8, 1, 1), marks=pytest.mark.slow), (2, 2, 2)]
+  ("axes", "gather_weights"),
+  [
+    pytest.param((8, 1, 1), False, marks=pytest.mark.slow),
+    ((2, 2, 2), False),
+    ((2, 2, 2), True),
+  ],
 )
 def test_result_does_not_depend_on_the_mesh(
-  uninterrupted, prepared, tmp_path, monkeypatch, axes
+  uninterrupted, prepared, tmp_path, monkeypatch, axes, gather_weights
 ):
   _, whole, state = uninterrupted
   original = tiny.experiment
@@ -274,7 +279,9 @@ def test_result_does_not_depend_on_the_mesh(
     return config
 
   monkeypatch.setattr(tiny, "experiment", on_mesh)
-  summary, meshed = run(tmp_path, prepared, devices=8)
+  summary, meshed = run(
+    tmp_path, prepared, devices=8, gather_weights=gather_weights
+  )
   # Sums over shards round differently, 1e-7 each; six Adam steps amplify.
   np.testing.assert_allclose(flat(meshed), flat(state), atol=2e-4)
   assert summary["accuracy"] == pytest.approx(whole["accuracy"], abs=0.02)
