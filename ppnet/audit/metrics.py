@@ -268,7 +268,7 @@ def held_out(
   membership: np.ndarray,
   *,
   partner: np.ndarray,
-  judged: Sequence[int],
+  judged: Sequence[int] | np.ndarray,
   confidence: float,
   num_draws: int = 400,
 ) -> HeldOut | None:
@@ -370,7 +370,9 @@ def best_advantage(
   return statistics
 
 
-def relabelled(partner: np.ndarray, judged: Sequence[int]) -> np.ndarray:
+def relabelled(
+  partner: np.ndarray, judged: Sequence[int] | np.ndarray
+) -> np.ndarray:
   """Partners as indices into the judged models; -1 where it is not judged."""
   places = {model: place for place, model in enumerate(judged)}
   return np.array([places.get(int(partner[model]), -1) for model in judged])
