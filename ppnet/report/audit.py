@@ -412,13 +412,14 @@ def _secrets(record: Mapping[str, Any]) -> list[str]:
         row["kind"],
         f"{row['num_canaries']:,}",
         f"{row['mean_exposure']:.2f}",
+        f"{row['control_exposure']:.2f}",
         f"{row['chance_exposure']:.2f}",
         f"{row['max_exposure']:.2f}",
         f"{row['p_value']:.2g}",
       ]
       for row in exposure
     ]
-    header = ["planted in", "canaries", "mean exposure, bits",
+    header = ["planted in", "canaries", "mean exposure, bits", "not planted",
               "by chance", "most", "p"]  # fmt: skip
     parts.append(tables.markdown_table(header, rows))
   extraction = record.get("extraction")
