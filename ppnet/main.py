@@ -29,14 +29,17 @@ from ml_collections import config_flags
 
 from ppnet import config as config_lib
 from ppnet import config_args, study, sweep
+from ppnet.audit import assess
 from ppnet.audit import run as audit
 from ppnet.bench import attention, engines
 from ppnet.bench import pipeline as pipeline_bench
+from ppnet.bench import shadows as shadows_bench
 from ppnet.core import checks, hosts, prng, records, workdirs
 from ppnet.data import layout, prepare, text, tokenizers
 from ppnet.models import generate, hf, lora, multimodal
 from ppnet.privacy import budget, input_privacy, ledger
 from ppnet.report import attention as attention_figures
+from ppnet.report import audit as audit_report
 from ppnet.report import budget as budget_figures
 from ppnet.report import (
   compiled,
@@ -109,7 +112,7 @@ _SWEEP_COLUMNS = (
 def train(config: config_lib.ExperimentConfig, workdir: pathlib.Path) -> None:
   """Trains (or goes on, or finds it done), then prints table and figure."""
   # One answer for all: the first process may be about to write it.
-  if hosts.from_first(lambda: (workdir / "summary.json").exists()):
+  if hosts.from_first(lambda: workdirs.is_finished(workdir)):
     print(f"{workdir} holds a finished run; nothing is trained again.")
     summary = records.read_json(workdir / "summary.json")
   else:
@@ -180,6 +183,29 @@ def evaluate(
     print(f"figure:  {attention_figures.attention_figure(workdir)}")
 
 
+def audit_models(
+  config: config_lib.ExperimentConfig, workdir: pathlib.Path
+) -> None:
+  """Attacks the finished run, or models trained as configured.
+
+  Writes `audit.json`, `audit.md` and the figure, and adds the numbers to
+  `summary.json`; in a folder without a run, that holds nothing else.
+
+  Raises:
+    RuntimeError: a lower bound on epsilon is above what is claimed; the records
+      are written all the same.
+  """
+  found = audit.audit(config, workdir)
+  path = workdir / "summary.json"
+  summary = records.read_json(path) if path.exists() else {"name": config.name}
+  records.write_json(path, summary | assess.headline(found))
+  print(audit_report.write(workdir))
+  print(f"\nrecords: {workdir}\nfigure:  {workdir / 'figures' / 'roc.png'}")
+  problem = audit.contradiction(found)
+  if problem is not None:
+    raise RuntimeError(problem)
+
+
 def prepare_data(
   config: config_lib.ExperimentConfig, workdir: pathlib.Path
 ) -> None:
@@ -229,6 +255,9 @@ def benchmark(
 ) -> None:
   """Measures what `config.bench` asks for, then prints table and figure."""
   record = _BENCHMARKS[config.bench.subject](config, workdir)
+  if config.bench.subject is config_lib.BenchSubject.SHADOWS:
+    print(f"\n{shadows_bench.table(record)}\n\nrecords: {workdir}")
+    return
   if config.bench.subject is config_lib.BenchSubject.PIPELINE:
     figure, shown = throughput.write(workdir), throughput.table(record)
   else:
@@ -280,6 +309,7 @@ _BENCHMARKS = {
   config_lib.BenchSubject.ENGINES: engines.run,
   config_lib.BenchSubject.ATTENTION: attention.run,
   config_lib.BenchSubject.PIPELINE: pipeline_bench.run,
+  config_lib.BenchSubject.SHADOWS: shadows_bench.run,
 }
 
 
@@ -399,6 +429,7 @@ _JOBS = {
   config_lib.Job.ACCOUNT: account,
   config_lib.Job.TRAIN: train,
   config_lib.Job.EVALUATE: evaluate,
+  config_lib.Job.AUDIT: audit_models,
   config_lib.Job.PREPARE: prepare_data,
   config_lib.Job.BENCHMARK: benchmark,
   config_lib.Job.GENERATE: generate_text,
@@ -415,15 +446,10 @@ def run_job(config: config_lib.ExperimentConfig, workdir: pathlib.Path) -> None:
   """Runs `config.job` in `workdir`.
 
   Raises:
-    ValueError: an invalid configuration, or a job that does not exist yet.
+    ValueError: an invalid configuration, or one that does not fit its folder.
+    RuntimeError: what the job is to find out came out badly.
   """
   config_lib.validate(config)
-  if config.job not in _JOBS:
-    checks.fail(
-      "config.job to be one of " + ", ".join(sorted(job.name for job in _JOBS)),
-      f"{config.job.name} is planned and not there yet.",
-      **{"config.job": config.job.name},
-    )
   if jax.process_count() > 1 and config.job not in _JOBS_OF_MANY:
     checks.fail(
       "a job of several processes to be one of "

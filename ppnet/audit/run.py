@@ -1,9 +1,45 @@
-"""Attacks on a finished run's own model."""
+"""The AUDIT job: attacks on a finished run, or on the way of training itself.
 
+Shadow models are trained as configured, every attack is run on them, or on the
+finished run with their help, bounds on epsilon are taken from them and from
+gradients planted in a run of its own, and all of it goes to `audit.json`. What
+that means stands in `ppnet.report.audit`, which reads the file.
+
+Everything in the record but the claim is computed from private data and covered
+by no guarantee.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ppnet.audit import attacks
+import jax
+import numpy as np
+from scipy import stats
+
+from ppnet import config as config_lib
+from ppnet.audit import (
+  assess,
+  attacks,
+  extraction,
+  gradient_canaries,
+  score_table,
+  scores,
+  shadows,
+)
+from ppnet.audit import canaries as canaries_lib
+from ppnet.audit import pool as pool_lib
+from ppnet.core import checks, records, workdirs
+from ppnet.data import pipeline
+from ppnet.privacy import accounting, ledger
+from ppnet.privacy import mechanism as mechanism_lib
 from ppnet.train import loop
+
+# Where the claimed trade-off curve is asked for: what guesses can see of it.
+_PROFILE_DELTAS = (0.2, 0.05, 1e-2, 1e-3, 1e-4, 1e-6)
+# Of four streams of randomness that follow from the configuration's seed.
+_CANARY_DOMAIN = 64
 
 
 def loss_attack(
@@ -24,3 +60,338 @@ def loss_attack(
   return attacks.threshold_attack(
     -members.losses, -others.losses, attack="loss_threshold"
   )
+
+
+def audit(
+  config: config_lib.ExperimentConfig, workdir: pathlib.Path
+) -> dict[str, Any]:
+  """Audits what is in `workdir`, or what the configuration would train.
+
+  Where the folder has a finished run, that is attacked: its training records
+  are members, its test records are not, and shadow models are trained on halves
+  of all of them. Where it has none, the shadow models themselves are attacked.
+
+  Args:
+    config: the experiment; `audit.*` says how much is spent.
+    workdir: its folder. Shadow models and their scores are kept under `audit/`,
+      where a killed audit goes on.
+
+  Returns:
+    The record, which is in `audit.json` before this returns.
+
+  Raises:
+    ValueError: the experiment cannot be trained on a part of its records, or
+      canaries are asked for that a finished run was not trained on.
+  """
+  experiment = loop.open_experiment(config, workdir)
+  models = _models(experiment, is_finished=workdirs.is_finished(workdir))
+  models.table.save(workdir / "audit" / "scores.npz")
+  trials = [
+    *assess.black_box_trials(models.table, models.claim),
+    *_gradient_trials(experiment),
+  ]
+  confidence = config.audit.confidence
+  record = {
+    "name": config.name,
+    "confidence": confidence,
+    "claim": models.claimed,
+    "design": {
+      "num_models": config.audit.num_models,
+      "seed": str(shadows.design_seed(config)),
+      "num_records": models.table.num_records,
+      "num_canaries": config.audit.num_canaries,
+      "num_gradient_canaries": config.audit.num_gradient_canaries,
+    },
+    "membership": assess.attacks(models.table, confidence=confidence),
+    "bounds": assess.bound(trials, confidence=confidence),
+    **models.secrets,
+  }
+  records.write_json(workdir / "audit.json", record)
+  return records.read_json(workdir / "audit.json")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Models:
+  """What was trained and asked.
+
+  Attributes:
+    table: scores of every record under every model, a finished run first.
+    claim: of one shadow model.
+    claimed: of the finished run, or of one trained as configured; plain.
+    secrets: exposure and extraction of canaries, {} without any; plain.
+  """
+
+  table: score_table.ScoreTable
+  claim: assess.Claim
+  claimed: Mapping[str, Any]
+  secrets: Mapping[str, Any]
+
+
+def _models(experiment: loop.Experiment, *, is_finished: bool) -> Models:
+  """Trains the shadow models and asks them, and the finished run, all records.
+
+  Raises:
+    ValueError: see `audit`.
+  """
+  config = experiment.config
+  if is_finished and config.audit.num_canaries:
+    checks.fail(
+      "no canaries where a finished run is attacked",
+      "It was not trained on them: set --config.audit.num_canaries=0, or audit"
+      " in an empty --workdir.",
+      **{"audit.num_canaries": config.audit.num_canaries},
+    )
+  pool, planted = _pool(experiment)
+  num_members = len(pool)
+  if is_finished:
+    pool = pool_lib.joined(pool, pool_lib.of_split(experiment, split="test"))
+  trained = shadows.train(
+    config,
+    pool,
+    design=shadows.paired(
+      num_models=config.audit.num_models,
+      num_records=len(pool),
+      seed=shadows.design_seed(config),
+    ),
+    folder=experiment.workdir / "audit" / "shadows",
+    placeholder_ids=experiment.tokenizer.placeholder_ids,
+  )
+  table = scores.table(
+    config, trained, pool, decode=experiment.tokenizer.decode
+  )
+  if is_finished:
+    table = _with_target(
+      table, experiment, pool, trained, num_members=num_members
+    )
+  return Models(
+    table=table,
+    claim=claim_of(trained.mechanism),
+    claimed=_claimed(experiment, is_finished=is_finished),
+    secrets=_secrets(experiment, trained, planted),
+  )
+
+
+def contradiction(record: Mapping[str, Any]) -> str | None:
+  """One sentence where a bound is above its claim; else None.
+
+  Args:
+    record: from `audit`.
+  """
+  wrong = [row for row in record["bounds"] if row["exceeds"]]
+  if not wrong:
+    return None
+  worst = max(wrong, key=lambda row: row["epsilon"])
+  return (
+    "THE PRIVACY CLAIM IS CONTRADICTED: claimed epsilon at most"
+    f" {worst['allowed_epsilon']:.4g}, audited epsilon at least"
+    f" {worst['epsilon']:.4g} at delta {worst['delta']:.4g} and confidence"
+    f" {record['confidence']:.4g} ({worst['method']}: {worst['observer']})."
+    " Do not release anything under this claim."
+  )
+
+
+def claim_of(mechanism: mechanism_lib.Mechanism) -> assess.Claim:
+  """What a mechanism promises after all of its steps, with its whole curve."""
+  num_steps = mechanism.num_steps
+  profile = []
+  if mechanism.has_guarantee:
+    profile = [
+      (
+        accounting.epsilon(
+          noise_multiplier=mechanism.noise_multiplier,
+          participation=mechanism.participation,
+          num_steps=num_steps,
+          delta=delta,
+          accountant=mechanism.accountant,
+          neighboring_relation=mechanism.neighboring_relation,
+        ),
+        delta,
+      )
+      for delta in _PROFILE_DELTAS
+    ]
+  return assess.Claim(
+    epsilon=mechanism.epsilon(num_steps),
+    delta=mechanism.delta,
+    neighboring_relation=mechanism.neighboring_relation.name,
+    guarantee=mechanism.guarantee(num_steps),
+    profile=tuple(profile),
+  )
+
+
+def _claimed(
+  experiment: loop.Experiment, *, is_finished: bool
+) -> dict[str, Any]:
+  """What is claimed of the finished run, or of one trained as configured."""
+  num_steps = experiment.mechanism.num_steps
+  if is_finished:
+    path = experiment.workdir / "privacy.json"
+    num_steps = ledger.read(path)["charged_steps"]
+  claimed = experiment.claimed(num_steps)
+  return {
+    name: claimed[name]
+    for name in (
+      "epsilon",
+      "delta",
+      "neighboring_relation",
+      "unit",
+      "guarantee",
+      "seeded",
+    )
+  }
+
+
+def _pool(
+  experiment: loop.Experiment,
+) -> tuple[pool_lib.Pool, list[canaries_lib.Canary]]:
+  """The records that are asked about, some of them perhaps canaries."""
+  config = experiment.config
+  pool = pool_lib.of_split(
+    experiment, split="train", num_records=config.audit.num_records
+  )
+  count = config.audit.num_canaries
+  if not count:
+    return pool, []
+  checks.at_most(
+    len(pool),
+    "A canary takes the place of a record.",
+    **{"audit.num_canaries": count},
+  )
+  dataset = experiment.datasets["train"]
+  source = pipeline.open_source(
+    config.data,
+    loop.prepared_dir(config, experiment.workdir),
+    split="train",
+  )
+  planted = canaries_lib.make(
+    {position: source[position] for position in range(count)},
+    task=config.data.task,
+    num_classes=len(experiment.card.class_names),
+    seed=config.seed + _CANARY_DOMAIN,
+  )
+  kinds = np.full(len(pool), "", dtype=object)
+  kinds[[canary.position for canary in planted]] = [
+    canary.kind for canary in planted
+  ]
+  rows = canaries_lib.plant(pool.rows, planted, dataset=dataset)
+  return dataclasses.replace(
+    pool, rows=rows, groups={**pool.groups, "canary": kinds.astype(np.str_)}
+  ), planted
+
+
+def _with_target(
+  table: score_table.ScoreTable,
+  experiment: loop.Experiment,
+  pool: pool_lib.Pool,
+  trained: shadows.Shadows,
+  *,
+  num_members: int,
+) -> score_table.ScoreTable:
+  """The table with the finished run in front; the pool's first are members."""
+  config = experiment.config
+  state, _ = loop.restore(experiment)
+  score = scores.Scorer(
+    config,
+    trained.program,
+    num_models=1,
+    decode=experiment.tokenizer.decode,
+  )
+  own = score(
+    jax.tree.map(lambda leaf: leaf[None], jax.device_get(state.params)),
+    np.asarray(jax.random.key_data(experiment.program.root_key))[None],
+    pool,
+  )
+  is_member = np.arange(len(pool)) < num_members
+  return score_table.ScoreTable(
+    scores={
+      name: np.concatenate([own[name], values])
+      for name, values in table.scores.items()
+    },
+    membership=np.concatenate([is_member[None], table.membership]),
+    record_ids=table.record_ids,
+    groups=table.groups,
+    partner=np.append(-1, table.partner + 1),
+  )
+
+
+def _gradient_trials(experiment: loop.Experiment) -> list[assess.Trials]:
+  """Coins of gradients planted in one run, seen by who sees every update."""
+  config = experiment.config
+  count = config.audit.num_gradient_canaries
+  if not count:
+    return []
+  subject = gradient_canaries.subject(experiment, num_canaries=count)
+  found = gradient_canaries.Auditor(subject)(
+    confidence=config.audit.confidence, seed=config.privacy.noise_seed
+  )
+  return [
+    assess.Trials(
+      observer="sees every noisy sum of one run and guesses which of"
+      f" {count:,} planted gradients it had (white box)",
+      scores=found.scores,
+      is_in=found.is_in,
+      methods=("one_run", "f_dp_one_run", "gaussian"),
+      claim=claim_of(subject.mechanism),
+    )
+  ]
+
+
+def _secrets(
+  experiment: loop.Experiment,
+  trained: shadows.Shadows,
+  planted: Sequence[canaries_lib.Canary],
+) -> dict[str, Any]:
+  """Exposure and extraction of canaries from the first shadow model.
+
+  Those that its coins left out are the controls.
+  """
+  if not planted:
+    return {}
+  first = next(iter(trained.groups()))
+  params = jax.tree.map(lambda leaf: leaf[0], first.params)
+  is_in = trained.design.membership[int(first.models[0])]
+  inside = [canary for canary in planted if is_in[canary.position]]
+  outside = [canary for canary in planted if not is_in[canary.position]]
+  if not (inside and outside):
+    return {}
+  found, control = (
+    canaries_lib.audit_exposure(experiment, params, some)
+    for some in (inside, outside)
+  )
+  kinds = np.array(found.kinds)
+  exposure = []
+  for kind in sorted(set(found.kinds)):
+    own = found.exposures[kinds == kind]
+    exposure.append(
+      {
+        "kind": kind,
+        "num_canaries": len(own),
+        "mean_exposure": float(own.mean()),
+        "max_exposure": float(own.max()),
+        "control_exposure": float(control.exposures.mean()),
+        "chance_exposure": found.chance,
+        # Whether those planted are more exposed than those left out.
+        "p_value": float(
+          stats.mannwhitneyu(
+            own, control.exposures, alternative="greater"
+          ).pvalue
+        ),
+      }
+    )
+  taken = extraction.audit_extraction(experiment, params, inside)
+  ways = {
+    "the likeliest token": taken.greedy,
+    f"a beam of {taken.beam_size}": taken.beam,
+    f"the best of the {taken.beam_size}": taken.best_of_beam,
+  }
+  return {
+    "exposure": exposure,
+    "extraction": [
+      {
+        "how": how,
+        "num_canaries": taken.num_canaries,
+        "verbatim": rates.verbatim,
+        "near_verbatim": rates.near_verbatim,
+      }
+      for how, rates in ways.items()
+    ],
+  }

@@ -169,6 +169,12 @@ def check_same(path: pathlib.Path, config: Mapping[str, Any]) -> None:
     )
 
 
+def is_finished(path: pathlib.Path) -> bool:
+  """Whether a training run ended in `path`; an audit alone is none."""
+  summary = pathlib.Path(path) / "summary.json"
+  return summary.exists() and "num_steps" in records.read_json(summary)
+
+
 def provenance(*, packages: Sequence[str] = ()) -> dict[str, Any]:
   """Commit and versions of our dependencies and of further `packages`."""
   return {

@@ -613,13 +613,12 @@ class _Run:
         "step": step,
         "epoch": step * self._mechanism.sampling_prob,
         "epsilon": epsilon,
-        "learning_rate": float(scalars["learning_rate"]),
       }
-      | (
-        {"clip_norm": float(scalars["clip_norm"])}
-        if "clip_norm" in scalars
-        else {}
-      )
+      | {
+        name: float(scalars[name])
+        for name in ("learning_rate", "clip_norm")
+        if name in scalars
+      }
       | row
       | machine
     )

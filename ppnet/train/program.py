@@ -15,18 +15,44 @@ from jax.sharding import Mesh, NamedSharding
 from ppnet import config as config_lib
 from ppnet.core import checks, hosts, prng, trees
 from ppnet.data import pipeline
-from ppnet.models import hf, linear, lora, multimodal, private_cut
+from ppnet.models import linear, lora, multimodal, private_cut
 from ppnet.privacy import engine_choice, input_privacy
 from ppnet.privacy import mechanism as mechanism_lib
 from ppnet.sharding import layout
 from ppnet.sharding import mesh as mesh_lib
 from ppnet.sharding import rules as rules_lib
-from ppnet.train import initial, losses, optimizer, own_sums
+from ppnet.train import (
+  initial,
+  losses,
+  optimizer,
+  own_sums,
+  stored_weights,
+)
 from ppnet.train import state as state_lib
 from ppnet.train import step as step_lib
 
 # Arrays of a batch whose second axis counts tokens.
 _PER_TOKEN = ("tokens", "targets", "loss_mask", "positions", "segment_ids")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pure:
+  """What a program compiles: functions of arrays alone, on no mesh.
+
+  For whoever runs a step otherwise than one after the other on one state, as
+  audits do with many models side by side.
+
+  Attributes:
+    init: root key -> TrainState.
+    accumulate: see `step.accumulate`, with what is frozen as a last argument.
+    update: see `step.update`.
+    evaluate: see `step.evaluate`, with what is frozen as a last argument.
+  """
+
+  init: Callable[..., Any]
+  accumulate: Callable[..., Any]
+  update: Callable[..., Any]
+  evaluate: Callable[..., Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +83,9 @@ class Program:
     host: the rows of a batch that this process places.
     frozen: () -> the parameters that are not trained, computed or read once;
       `models.lora.combine` puts them and the trained ones together.
+    pure: the functions that the jitted ones are made of.
+    begins_from_disk: whether `init` begins from stored weights, and not from
+      the root key alone.
     cut_keys: fresh keys of the private cut for a batch; None without one.
   """
 
@@ -81,6 +110,8 @@ class Program:
   whole: Any
   host: pipeline.Host
   frozen: Any
+  pure: Pure
+  begins_from_disk: bool = False
   cut_keys: Any = None
 
   @property
@@ -148,9 +179,7 @@ def build(
       parameter would be trained, or the decoder's weights are another model's.
   """
   rules = rules_lib.STRATEGIES[config.mesh.strategy]
-  mesh = _mesh(
-    config, devices, rules=rules, num_tokens=np.shape(example["tokens"])[0]
-  )
+  mesh = _mesh(config, devices, example, rules=rules)
   model = _model(config.model, placeholder_ids, answer_ids)
   tx = optimizer.build(config.optimizer, config.train.num_steps)
   root_key = prng.root(config.seed)
@@ -168,15 +197,10 @@ def build(
   shardings, frozen_shardings = initial.shardings(
     model, tx, example, mesh, rules, mechanism, is_trained=is_trained
   )
-  on_mesh = functools.partial(mesh_lib.within, mesh)
-  if own_sums.num_replicas(mesh, rules) == 1:  # Else each is on one device.
-    on_mesh = functools.partial(
-      layout.within, mesh, rules, param_shardings=shardings.params
-    )
+  on_mesh = _on_mesh(mesh, rules, shardings.params)
   abstract_state = initial.abstract(
     jax.eval_shape(init_fn, root_key), shardings
   )
-  replicated = rules_lib.replicated(mesh)
   sum_shardings = own_sums.shardings(shardings.params, mesh=mesh, rules=rules)
   noise_shardings = initial.noise_shardings(
     mechanism, abstract_state.params, shardings.params, mesh=mesh
@@ -195,9 +219,16 @@ def build(
   abstract_frozen = initial.abstract(
     jax.eval_shape(frozen_fn), frozen_shardings
   )
-  num_rows = config.perf.microbatch_size * mechanism.rows_per_unit
-  num_rows //= own_sums.num_replicas(mesh, rules)  # An engine sees a replica's.
   weights, abstract_weights = _weights(config, abstract_state.params, rules)
+  pure = _pure(
+    config,
+    mechanism,
+    model,
+    init=init_fn,
+    tx=tx,
+    loss_fn=loss_fn,
+    clipped_grad_of=clipped_grad_of,
+  )
   # Shardings of inputs travel with the arrays; outputs are pinned, so that no
   # step can change where the state lives.
   program = Program(
@@ -209,7 +240,12 @@ def build(
       abstract_state.params,
       abstract_frozen,
       _abstract_batch(
-        example, num_rows=num_rows, has_cut=model.cut is not None
+        example,
+        # An engine sees the rows of one replica.
+        num_rows=config.perf.microbatch_size
+        * mechanism.rows_per_unit
+        // own_sums.num_replicas(mesh, rules),
+        has_cut=model.cut is not None,
       ),
       on_mesh=on_mesh,
     ),
@@ -220,36 +256,58 @@ def build(
     init=jax.jit(functools.partial(init_fn, root_key), out_shardings=shardings),
     weights=weights,
     abstract_weights=abstract_weights,
-    **_sum_programs(
-      on_mesh(_accumulate, loss_fn=loss_fn, clipped_grad_of=clipped_grad_of),
-      sum_shardings,
-      mesh=mesh,
-      rules=rules,
-    ),
+    **_sum_programs(pure, on_mesh, sum_shardings, mesh=mesh, rules=rules),
     **_noise_programs(mechanism, noise_shardings),
-    update=jax.jit(
-      _update(config, mechanism, tx, mesh=mesh, rules=rules),
-      donate_argnames=("state", "noise_state"),
-      out_shardings=(shardings, noise_shardings, replicated),
-    ),
-    **_fetching_programs(config, model, mesh),
+    update=_update(pure, shardings, noise_shardings, mesh=mesh, rules=rules),
+    **_fetching_programs(pure, mesh),
     host=_host(mesh, rules) if is_at_hand else pipeline.Host(),
     frozen=lambda: {},
+    pure=pure,
+    begins_from_disk=bool(config.model.decoder_weights),
     cut_keys=_cut_keys(config.model.private_cut, mesh) if is_at_hand else None,
   )
-  if not is_at_hand:
-    return program
-  if is_trained is None and not config.model.decoder_weights:
+  is_whole = is_trained is None and not config.model.decoder_weights
+  if is_whole or not is_at_hand:
     return program
   return _with_frozen(program, config, frozen_fn, frozen_shardings)
+
+
+def _pure(
+  config: config_lib.ExperimentConfig,
+  mechanism: mechanism_lib.Mechanism,
+  model: Any,
+  *,
+  init: Callable[..., Any],
+  tx: optax.GradientTransformation,
+  loss_fn: losses.LossFn,
+  clipped_grad_of: Callable[[losses.LossFn], Any],
+) -> Pure:
+  """The functions that are compiled."""
+  return Pure(
+    init=init,
+    accumulate=functools.partial(
+      _accumulate, loss_fn=loss_fn, clipped_grad_of=clipped_grad_of
+    ),
+    update=functools.partial(
+      step_lib.update,
+      mechanism=mechanism,
+      tx=tx,
+      learning_rate_fn=optimizer.schedule(
+        config.optimizer, config.train.num_steps
+      ),
+    ),
+    evaluate=functools.partial(
+      _evaluate, model=model, noise_config=config.attention_noise
+    ),
+  )
 
 
 def _mesh(
   config: config_lib.ExperimentConfig,
   devices: list[jax.Device] | None,
+  example: Mapping[str, np.ndarray],
   *,
   rules: rules_lib.Rules,
-  num_tokens: int,
 ) -> Mesh:
   """The devices; raises where a microbatch cannot be shared among them."""
   mesh = mesh_lib.build(config.mesh, devices)
@@ -262,7 +320,7 @@ def _mesh(
       **{"perf.microbatch_size": config.perf.microbatch_size},
     )
   ways = rules_lib.num_parts(mesh, rules.sequence)
-  lengths = config.data.lengths or (num_tokens,)
+  lengths = config.data.lengths or np.shape(example["tokens"])[:1]
   if any(length % ways for length in lengths):
     checks.fail(
       f"lengths of sequences to be multiples of the {ways} devices that share"
@@ -289,71 +347,79 @@ def _host(mesh: Mesh, rules: rules_lib.Rules) -> pipeline.Host:
   return pipeline.Host(first=own[0], parts=len(own), of=parts)
 
 
-def _update(
-  config: config_lib.ExperimentConfig,
-  mechanism: mechanism_lib.Mechanism,
-  tx: optax.GradientTransformation,
-  *,
-  mesh: Mesh,
-  rules: rules_lib.Rules,
-) -> Callable[..., Any]:
-  """`step.update` of this experiment, by the sum over all replicas."""
-
-  def update(state, grad_sum, noise_key, noise_state):
-    return step_lib.update(
-      state,
-      own_sums.combine(grad_sum, mesh=mesh, rules=rules),
-      noise_key,
-      noise_state,
-      mechanism=mechanism,
-      tx=tx,
-      learning_rate_fn=optimizer.schedule(
-        config.optimizer, config.train.num_steps
-      ),
-    )
-
-  return update
-
-
 def _fetched(mesh: Mesh) -> NamedSharding | None:
   """Where rows are that will be fetched: whole on every process."""
   return rules_lib.replicated(mesh) if jax.process_count() > 1 else None
 
 
 def _sum_programs(
-  accumulate: Callable[..., Any],
+  pure: Pure,
+  on_mesh: Callable[..., Any],
   shardings: step_lib.GradSum,
   *,
   mesh: Mesh,
   rules: rules_lib.Rules,
 ) -> dict[str, Any]:
   """What begins the clipped sum of a step, and what adds to it."""
-  on_mesh = {"mesh": mesh, "rules": rules}
+  by_replicas = own_sums.accumulate(pure.accumulate, mesh=mesh, rules=rules)
+
+  def accumulate(
+    grad_sum, params, microbatch, root_key, step, clip_norm=None, frozen=None
+  ):
+    return by_replicas(
+      grad_sum, params, microbatch, root_key, step, clip_norm, frozen
+    )
+
   return {
     "init_grad_sum": jax.jit(
-      functools.partial(own_sums.init, **on_mesh), out_shardings=shardings
+      functools.partial(own_sums.init, mesh=mesh, rules=rules),
+      out_shardings=shardings,
     ),
     "accumulate": jax.jit(
-      functools.partial(
-        accumulate,
-        by_replicas=functools.partial(own_sums.accumulate, **on_mesh),
-      ),
+      on_mesh(accumulate),
       donate_argnames="grad_sum",
       out_shardings=(shardings, _fetched(mesh)),
     ),
   }
 
 
-def _fetching_programs(
-  config: config_lib.ExperimentConfig, model: multimodal.PPNet, mesh: Mesh
-) -> dict[str, Any]:
+def _update(
+  pure: Pure,
+  shardings: state_lib.TrainState,
+  noise_shardings: Any,
+  *,
+  mesh: Mesh,
+  rules: rules_lib.Rules,
+) -> Callable[..., Any]:
+  """The optimizer's step by the sum over all replicas."""
+
+  def update(state, grad_sum, noise_key, noise_state):
+    grad_sum = own_sums.combine(grad_sum, mesh=mesh, rules=rules)
+    return pure.update(state, grad_sum, noise_key, noise_state)
+
+  return jax.jit(
+    update,
+    donate_argnames=("state", "noise_state"),
+    out_shardings=(shardings, noise_shardings, rules_lib.replicated(mesh)),
+  )
+
+
+def _on_mesh(
+  mesh: Mesh, rules: rules_lib.Rules, param_shardings: Any
+) -> Callable[..., Any]:
+  """What traces a function for the mesh."""
+  if own_sums.num_replicas(mesh, rules) > 1:  # Each of them is one device.
+    return functools.partial(mesh_lib.within, mesh)
+  return functools.partial(
+    layout.within, mesh, rules, param_shardings=param_shardings
+  )
+
+
+def _fetching_programs(pure: Pure, mesh: Mesh) -> dict[str, Any]:
   """What evaluates, and what brings values to the hosts."""
   return {
     "evaluate": jax.jit(
-      mesh_lib.within(
-        mesh, _evaluate, model=model, noise_config=config.attention_noise
-      ),
-      out_shardings=_fetched(mesh),
+      mesh_lib.within(mesh, pure.evaluate), out_shardings=_fetched(mesh)
     ),
     "fingerprint": jax.jit(
       trees.fingerprint, out_shardings=rules_lib.replicated(mesh)
@@ -387,10 +453,12 @@ def _with_frozen(
   """Hands the steps what is not trained, and begins from weights on disk."""
   frozen = jax.jit(frozen_fn, out_shardings=frozen_shardings)
   begin_with = functools.partial(
-    _from_disk, config.model, mesh=program.mesh, rules=program.rules
+    stored_weights.placed, config.model, mesh=program.mesh, rules=program.rules
   )
   if config.model.decoder_weights:
-    _check_same_decoder(config.model)  # Now, and not after an hour of waiting.
+    stored_weights.check_same_decoder(
+      config.model
+    )  # Now, and not after an hour of waiting.
 
   def init():
     state = program.init()
@@ -456,23 +524,17 @@ def _accumulate(
   *,
   loss_fn: losses.LossFn,
   clipped_grad_of: Callable[[losses.LossFn], Any],
-  by_replicas: Callable[..., Any],
 ) -> tuple[step_lib.GradSum, step_lib.PerExample]:
   """`step.accumulate`; frozen parameters are constants of the loss."""
-
-  def accumulate(grad_sum, params, microbatch, root_key, step, scale, frozen):
-    return step_lib.accumulate(
-      grad_sum,
-      params,
-      microbatch,
-      root_key,
-      step,
-      scale,
-      clipped_grad_fn=clipped_grad_of(lora.with_frozen(loss_fn, frozen or {})),
-    )
-
-  return by_replicas(accumulate)(
-    grad_sum, params, microbatch, root_key, step, clip_norm, frozen
+  loss_fn = lora.with_frozen(loss_fn, frozen or {})
+  return step_lib.accumulate(
+    grad_sum,
+    params,
+    microbatch,
+    root_key,
+    step,
+    clip_norm,
+    clipped_grad_fn=clipped_grad_of(loss_fn),
   )
 
 
@@ -493,68 +555,6 @@ def _evaluate(
     model=model,
     noise_config=noise_config,
   )
-
-
-def _check_same_decoder(config: config_lib.ModelConfig) -> None:
-  """Raises, naming the fields, unless the weights are of this decoder."""
-  stored = hf.read_config(config.decoder_weights)
-  free = ("lora", "remat", "compute_dtype", "max_seq_len")
-  names = [field.name for field in dataclasses.fields(stored)]
-  pairs = {
-    name: (getattr(stored, name), getattr(config.decoder, name))
-    for name in names
-    if name not in free
-  }
-  wrong = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
-  if wrong:
-    checks.fail(
-      f"model.decoder to be the one of {config.decoder_weights}",
-      "Set these fields (stored, configured), or leave decoder_weights empty.",
-      **wrong,
-    )
-
-
-def _from_disk(
-  config: config_lib.ModelConfig,
-  params: Any,
-  *,
-  mesh: Mesh,
-  rules: rules_lib.Rules,
-  dtype: Any,
-) -> Any:
-  """Parameters with the decoder's stored ones in their places.
-
-  The arrays they replace are deleted first: no device holds both.
-  """
-  if not config.decoder_weights:
-    return params
-  replaced = {
-    "/".join(entry.key for entry in path): leaf
-    for path, leaf in jax.tree_util.tree_leaves_with_path(
-      params.get("decoder", {})
-    )
-    if not lora.is_adapter(path[-1].key)
-  }
-  if not replaced:
-    return params
-  for leaf in replaced.values():
-    leaf.delete()
-  _, stored = hf.load(
-    config.decoder_weights,
-    dtype=dtype,
-    mesh=mesh,
-    rules=rules,
-    is_wanted=replaced.__contains__,
-  )
-
-  def value(path, leaf):
-    names = [entry.key for entry in path]
-    if "/".join(names) not in replaced:
-      return leaf
-    return functools.reduce(lambda node, name: node[name], names, stored)
-
-  decoder = jax.tree_util.tree_map_with_path(value, params["decoder"])
-  return {**params, "decoder": decoder}
 
 
 def _abstract_batch(
