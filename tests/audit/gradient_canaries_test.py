@@ -1,0 +1,306 @@
+"""The white-box audit: it finds planted faults, and leaves what is right alone.
+
+The subject is a quadratic loss of 2,000 parameters; sampler, microbatches,
+clipping, sum, noise, division and optimizer are the trainer's own. Faults are
+put into those, the claim stays.
+"""
+
+import dataclasses
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ppnet import config as config_lib
+from ppnet.audit import gradient_canaries
+from ppnet.core import prng
+from ppnet.data import batching, pipeline
+from ppnet.data import examples as examples_lib
+from ppnet.privacy import clipping, noise, sampling
+from ppnet.privacy import mechanism as mechanism_lib
+from ppnet.train import state as state_lib
+from tests import tiny
+
+NUM_RECORDS, NUM_CANARIES, DIM = 200, 2000, 4
+SHAPE = (80, 50)
+STEPS = 50
+
+
+class Points:
+  """Records that are points, in the form of `data.examples.Examples`."""
+
+  def __init__(self, *, size):
+    rng = np.random.default_rng(0)
+    points = size * rng.normal(size=(NUM_RECORDS, DIM))
+    self._points = points.astype(np.float32)
+    self.layout = types.SimpleNamespace(lengths=(1,), longest=1)
+    self.bad_records = examples_lib.BadRecords()
+
+  def __len__(self):
+    return NUM_RECORDS
+
+  def padded_length(self, position):
+    return 1
+
+  def batch(self, rows, *, size, length=None):
+    index = [-1 if row is None else row.position for row in rows]
+    index += [-1] * (size - len(rows))
+    index = np.array(index, np.int32)
+    return {
+      batching.INDEX_KEY: index,
+      batching.PADDING_KEY: index < 0,
+      "point": self._points[index],
+    }
+
+
+def loss_fn(params, batch):
+  part = params["w"].reshape(-1)[:DIM]
+  return 0.5 * jnp.square(part[None] - batch["point"]).sum(axis=1), {}
+
+
+TX = optax.sgd(0.1)
+
+
+def init():
+  params = {"w": jnp.zeros(SHAPE), "b": jnp.zeros(8)}
+  return state_lib.TrainState(
+    step=jnp.int32(0), params=params, opt_state=TX.init(params)
+  )
+
+
+def subject(*, num_canaries=NUM_CANARIES, size=1.0, **changes):
+  changes = {"num_steps": STEPS, "expected_batch_size": 220} | changes
+  config = tiny.experiment(**changes)
+  return gradient_canaries.Subject(
+    mechanism=mechanism_lib.build(config, NUM_RECORDS + num_canaries),
+    num_canaries=num_canaries,
+    loss_fn=loss_fn,
+    frozen={},
+    init=init,
+    tx=TX,
+    learning_rate_fn=optax.constant_schedule(0.1),
+    dataset=Points(size=size),
+    users=None,
+    num_views=1,
+    microbatch_size=128,
+    put_batch=jax.device_put,
+    root_key=prng.root(0),
+  )
+
+
+def run(audited, *, seed=0, confidence=0.95):
+  return gradient_canaries.Auditor(audited)(confidence=confidence, seed=seed)
+
+
+# What the observer sees.
+
+
+def test_without_noise_each_drawn_canary_shows_as_one_clipped_gradient():
+  # Records whose own gradients hardly show.
+  audited = subject(
+    noise=False,
+    num_canaries=50,
+    expected_batch_size=60,
+    size=1e-4,
+    num_steps=8,
+  )
+  auditor = gradient_canaries.Auditor(audited)
+  is_in = np.arange(50) % 2 == 0
+  seen = auditor.observe(is_in, seed=3)
+  root = sampling.root_from_seed(3, domain=gradient_canaries._SAMPLER)
+  sampler = dataclasses.replace(audited.mechanism.sampler, root=root)
+  for step in range(8):
+    drawn = np.zeros(NUM_RECORDS + 50, bool)
+    drawn[sampler.draw(step)] = True
+    np.testing.assert_allclose(
+      seen[step], drawn[NUM_RECORDS:] & is_in, atol=0.2
+    )
+  # Fails if: a canary that is out contributes, one is not clipped, the sum is
+  # divided by another size, or sampling does not reach canaries.
+
+
+def test_directions_are_disjoint_and_of_norm_one():
+  params = init().params
+  codes = gradient_canaries.directions(
+    params, num_canaries=300, rng=np.random.default_rng(0)
+  )
+  flat = np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(codes)])
+  counts = np.bincount(np.abs(flat), minlength=301)
+  assert (counts[1:] == 4008 // 300).all()
+  unit = [
+    jax.tree.map(lambda c, j=j: jnp.sign(c) * (jnp.abs(c) == j + 1.0), codes)
+    for j in (0, 7)
+  ]
+  scaled = jax.tree.map(lambda a, b: (2 * a + 3 * b) / 13**0.5, *unit)
+  found = gradient_canaries.project(scaled, codes, num_canaries=300)
+  expected = np.zeros(300)
+  expected[[0, 7]] = 2, 3
+  np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_a_canarys_gradient_is_its_direction_and_a_records_is_its_own():
+  params = jax.tree.map(lambda leaf: leaf + 0.3, init().params)
+  codes = gradient_canaries.directions(
+    params, num_canaries=4, rng=np.random.default_rng(0)
+  )
+  both = gradient_canaries.with_canaries(
+    loss_fn, codes, num_canaries=4, length=10.0
+  )
+  batch = {"point": jnp.ones((2, DIM)), "canary": jnp.array([-1, 2])}
+  grads = jax.jacrev(lambda p: both(p, batch)[0])(params)
+  rows = np.concatenate(
+    [leaf.reshape(2, -1) for leaf in jax.tree.leaves(grads)], axis=1
+  )
+  assert np.linalg.norm(rows[1]) == pytest.approx(10.0, rel=1e-5)
+  projected = gradient_canaries.project(
+    jax.tree.map(lambda leaf: leaf[1], grads), codes, num_canaries=4
+  )
+  np.testing.assert_allclose(projected, [0, 0, 10, 0], atol=1e-4)
+  own = jax.grad(lambda p: loss_fn(p, {"point": batch["point"][:1]})[0][0])
+  np.testing.assert_allclose(
+    rows[0],
+    np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(own(params))]),
+    rtol=1e-5,
+  )
+
+
+def test_fewer_parameters_than_canaries_are_refused_by_name():
+  with pytest.raises(ValueError, match="num_gradient_canaries=5000"):
+    gradient_canaries.directions(
+      init().params, num_canaries=5000, rng=np.random.default_rng(0)
+    )
+
+
+def test_the_score_is_the_logarithm_of_the_likelihood_ratio():
+  seen = np.array([[0.2, 1.1], [-0.4, 0.9]])
+  got, name = gradient_canaries.scores_of(
+    seen, sampling_prob=0.25, noise_multiplier=0.8
+  )
+  normal = lambda x, mean: np.exp(-((x - mean) ** 2) / (2 * 0.8**2))
+  ratio = (0.75 * normal(seen, 0) + 0.25 * normal(seen, 1)) / normal(seen, 0)
+  np.testing.assert_allclose(got, np.log(ratio).sum(axis=0), rtol=1e-12)
+  assert name == "log_likelihood_ratio"
+  total, name = gradient_canaries.scores_of(
+    seen, sampling_prob=0.25, noise_multiplier=0
+  )
+  np.testing.assert_allclose(total, [-0.2, 2.0])
+  assert name == "sum"
+
+
+# The bounds.
+
+
+def test_bounds_know_nothing_of_scores_that_know_nothing():
+  rng = np.random.default_rng(0)
+  bounds = gradient_canaries.lower_bounds(
+    rng.normal(size=1000), rng.random(1000) < 0.5, significance=0.05, delta=1e-5
+  )
+  assert set(bounds) == {"one_run", "one_run_f_dp", "gaussian_dp"}
+  assert max(bounds.values()) == 0
+
+
+def test_one_run_bound_is_the_binomial_one_when_delta_vanishes():
+  """All of k guesses right: the epsilon at which that has probability a."""
+  found = gradient_canaries._one_run(
+    1000,
+    100,
+    100,
+    significance=0.005,
+    delta=1e-15,
+    f_dp=False,
+  )
+  right = 0.005 ** (1 / 100)
+  assert found == pytest.approx(np.log(right / (1 - right)), abs=1e-4)
+
+
+# Item by item: each fault is found, on the claim that does not know of it.
+
+CLAIM = {"epsilon": 2.0}
+
+
+def no_noise(monkeypatch):
+  monkeypatch.setattr(
+    mechanism_lib.Mechanism,
+    "privatizer",
+    lambda self: noise.gaussian_privatizer(noise_stddev=0.0),
+  )
+
+
+def a_third_of_the_noise(monkeypatch):
+  monkeypatch.setattr(
+    mechanism_lib.Mechanism,
+    "privatizer",
+    lambda self: noise.gaussian_privatizer(noise_stddev=self.noise_stddev / 3),
+  )
+
+
+def no_clipping(monkeypatch):
+  def unclipped(self, loss_fn, *, has_aux, **unused):
+    return clipping.unprotected_grad(
+      loss_fn,
+      clipping=config_lib.Clipping.NONE,
+      l2_clip_norm=self.l2_clip_norm,
+      has_aux=has_aux,
+    )
+
+  monkeypatch.setattr(mechanism_lib.Mechanism, "clipped_grad_fn", unclipped)
+
+
+def each_example_ten_times(monkeypatch):
+  monkeypatch.setattr(
+    pipeline._Steps,
+    "_checked",
+    lambda self, positions, *, step: np.repeat(positions, 10).tolist(),
+  )
+
+
+def the_same_batch_over_and_over(monkeypatch):
+  draw = sampling.PoissonSampler.draw
+  monkeypatch.setattr(
+    sampling.PoissonSampler, "draw", lambda self, step: draw(self, 0)
+  )
+
+
+@pytest.mark.parametrize(
+  "fault",
+  [
+    no_noise,
+    a_third_of_the_noise,
+    no_clipping,
+    each_example_ten_times,
+    the_same_batch_over_and_over,
+  ],
+)
+def test_a_planted_fault_exceeds_the_claim(fault, monkeypatch):
+  audited = subject(**CLAIM)
+  fault(monkeypatch)
+  found = run(audited)
+  assert 1.9 < found.claimed_epsilon <= 2.0
+  assert found.exceeds
+  assert found.epsilon_lower_bound == max(
+    found.bounds[name] for name in gradient_canaries.DECIDING
+  )
+
+
+def test_the_correct_mechanism_does_not_exceed_its_claim():
+  found = run(subject(**CLAIM))
+  assert not found.exceeds
+  assert found.num_units == NUM_RECORDS + NUM_CANARIES
+  assert found.sampling_prob == pytest.approx(0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("epsilon", "share"), [(2.0, 0.3), (8.0, 0.3)])
+def test_size_and_power_over_twenty_seeds(epsilon, share):
+  """At 95 %, more than 4 of 20 correct runs exceed in 1 of 400 series."""
+  audited = subject(epsilon=epsilon)
+  auditor = gradient_canaries.Auditor(audited)
+  runs = [auditor(confidence=0.95, seed=seed) for seed in range(20)]
+  bounds = [found.epsilon_lower_bound for found in runs]
+  print(epsilon, np.round(np.sort(bounds), 2))
+  assert sum(found.exceeds for found in runs) <= 4
+  assert runs[0].claimed_epsilon == pytest.approx(epsilon, rel=2e-3)
+  assert np.median(bounds) > share * epsilon
