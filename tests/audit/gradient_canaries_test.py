@@ -23,6 +23,7 @@ from ppnet.privacy import clipping, noise, sampling
 from ppnet.privacy import mechanism as mechanism_lib
 from ppnet.train import state as state_lib
 from tests import tiny
+from tests.audit import memorising
 
 NUM_RECORDS, NUM_CANARIES, DIM = 200, 2000, 4
 SHAPE = (80, 50)
@@ -286,10 +287,28 @@ def test_a_planted_fault_exceeds_the_claim(fault, monkeypatch):
 
 
 def test_the_correct_mechanism_does_not_exceed_its_claim():
-  found = run(subject(**CLAIM))
+  auditor = gradient_canaries.Auditor(subject(**CLAIM))
+  found, again, other = (
+    auditor(confidence=0.95, seed=seed) for seed in (0, 0, None)
+  )
   assert not found.exceeds
+  assert not other.exceeds
+  np.testing.assert_array_equal(found.scores, again.scores)
+  assert (found.is_in != other.is_in).any()
   assert found.num_units == NUM_RECORDS + NUM_CANARIES
   assert found.sampling_prob == pytest.approx(0.1)
+
+
+def test_the_configured_training_is_audited_as_it_is(tmp_path):
+  experiment = memorising.text_experiment(tmp_path)
+  num_train = len(experiment.training)
+  found = gradient_canaries.audit(experiment, num_canaries=40, confidence=0.9)
+  assert found.num_units == num_train + 40
+  assert found.sampling_prob == pytest.approx(8 / (num_train + 40))
+  assert found.num_steps == experiment.config.train.num_steps
+  assert found.claimed_epsilon == pytest.approx(1.0, rel=2e-3)
+  assert not found.exceeds
+  assert found.scores.shape == found.is_in.shape == (40,)
 
 
 @pytest.mark.slow
