@@ -24,6 +24,8 @@ class AuditConfig:
     num_gradient_canaries: gradients planted in one run, each in it or not with
       probability one half, for the bound of an observer who sees every update.
       0 leaves it out.
+    robustness: also measure how the shadow models bear noise and missing
+      modalities.
     confidence: of the lower bounds on epsilon and of all intervals.
   """
 
@@ -32,6 +34,7 @@ class AuditConfig:
   num_records: int | None = None
   num_canaries: int = 0
   num_gradient_canaries: int = 1000
+  robustness: bool = False
   confidence: float = 0.95
 
 

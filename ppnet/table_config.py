@@ -31,9 +31,9 @@ class TableConfig:
     rows: likewise; several machines may share a table, each with some of them.
     baseline: the row that the others are tested against; empty tests nothing.
     size: "cpu" or "full", known to `cell_config`.
-    knob: what rows differ in, for a figure of utility and leakage over it: a
-      key of `audit.json` such as "epsilon", or a field of the cells'
-      configuration such as "attention_noise.stddev"; empty draws none.
+    knob: what rows differ in, for a figure of utility and leakage over it:
+      "epsilon", or a field of the cells' configuration such as
+      "attention_noise.stddev"; empty draws none.
   """
 
   subject: TableSubject = TableSubject.PIPELINES

@@ -46,10 +46,13 @@ def started(monkeypatch):
       return subprocess.CompletedProcess(command, 1)
     folder = pathlib.Path(flags["workdir"])
     folder.mkdir(parents=True)
-    record = {"models": [{"accuracy": 0.5}, {"accuracy": 0.7}]}
-    (folder / "audit.json").write_text(
-      json.dumps(record | {"epsilon": "inf", "epsilon_lower_bound": 0.3})
-    )
+    record = {
+      "claim": {"epsilon": "inf"},
+      "utility": [{"accuracy": 0.5}, {"accuracy": 0.7}],
+      "membership": {"by_model": [{"leakage": 0.1}, {"leakage": 0.2}]},
+      "bounds": [{"epsilon": 0.3, "exceeds": False}],
+    }
+    (folder / "audit.json").write_text(json.dumps(record))
     (folder / "config.json").write_text('{"commit": "c0ffee"}')
     return subprocess.CompletedProcess(command, 0)
 

@@ -162,6 +162,22 @@ def attacks(
       num_draws=num_draws // 2,
     ),
     "groups_attack": best["auc"]["attack"],
+    "by_model": [
+      {
+        "leakage": curves["advantage"].advantage,
+        "attack_auc": curves["auc"].auc,
+        "tpr_at_0.1_fpr": curves["tpr_at_0.001"].tpr_at(0.001),
+      }
+      for model in range(len(judged))
+      for curves in [
+        {
+          which: metrics.Ranked(
+            own[row["attack"]][model], labels[model]
+          ).curve()
+          for which, row in best.items()
+        }
+      ]
+    ],
   }
 
 

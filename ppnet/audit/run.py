@@ -24,6 +24,7 @@ from ppnet.audit import (
   attacks,
   extraction,
   gradient_canaries,
+  robustness,
   score_table,
   scores,
   shadows,
@@ -34,7 +35,7 @@ from ppnet.core import checks, records, workdirs
 from ppnet.data import pipeline
 from ppnet.privacy import accounting, ledger
 from ppnet.privacy import mechanism as mechanism_lib
-from ppnet.train import loop
+from ppnet.train import loop, metrics
 
 # Where the claimed trade-off curve is asked for: what guesses can see of it.
 _PROFILE_DELTAS = (0.2, 0.05, 1e-2, 1e-3, 1e-4, 1e-6)
@@ -104,6 +105,8 @@ def audit(
     },
     "membership": assess.attacks(models.table, confidence=confidence),
     "bounds": assess.bound(trials, confidence=confidence),
+    "utility": models.utility,
+    "robustness": models.robustness,
     **models.secrets,
   }
   records.write_json(workdir / "audit.json", record)
@@ -119,12 +122,16 @@ class Models:
     claim: of one shadow model.
     claimed: of the finished run, or of one trained as configured; plain.
     secrets: exposure and extraction of canaries, {} without any; plain.
+    utility: scores of each shadow model on the test split; plain.
+    robustness: see `robustness.measure`; None where it was not asked for.
   """
 
   table: score_table.ScoreTable
   claim: assess.Claim
   claimed: Mapping[str, Any]
   secrets: Mapping[str, Any]
+  utility: Sequence[Mapping[str, float]]
+  robustness: Mapping[str, Any] | None
 
 
 def _models(experiment: loop.Experiment, *, is_finished: bool) -> Models:
@@ -142,9 +149,10 @@ def _models(experiment: loop.Experiment, *, is_finished: bool) -> Models:
       **{"audit.num_canaries": config.audit.num_canaries},
     )
   pool, planted = _pool(experiment)
+  test = pool_lib.of_split(experiment, split="test")
   num_members = len(pool)
   if is_finished:
-    pool = pool_lib.joined(pool, pool_lib.of_split(experiment, split="test"))
+    pool = pool_lib.joined(pool, test)
   trained = shadows.train(
     config,
     pool,
@@ -155,6 +163,8 @@ def _models(experiment: loop.Experiment, *, is_finished: bool) -> Models:
     ),
     folder=experiment.workdir / "audit" / "shadows",
     placeholder_ids=experiment.tokenizer.placeholder_ids,
+    answer_ids=experiment.tokenizer.answer_ids.tolist(),
+    test=test,
   )
   table = scores.table(
     config, trained, pool, decode=experiment.tokenizer.decode
@@ -168,7 +178,37 @@ def _models(experiment: loop.Experiment, *, is_finished: bool) -> Models:
     claim=claim_of(trained.mechanism),
     claimed=_claimed(experiment, is_finished=is_finished),
     secrets=_secrets(experiment, trained, planted),
+    utility=_utility(experiment, trained, test),
+    robustness=robustness.measure(
+      config, trained, test, answer_ids=experiment.tokenizer.answer_ids
+    )
+    if config.audit.robustness
+    else None,
   )
+
+
+def _utility(
+  experiment: loop.Experiment, trained: shadows.Shadows, test: pool_lib.Pool
+) -> list[dict[str, float]]:
+  """What each shadow model is worth on the test split.
+
+  Under CLASSIFY accuracy, macro F1 and AUC beside the loss. Where a finished
+  run is attacked the test records were divided among the shadow models as well:
+  half of them had been seen.
+  """
+  found = []
+  for group in trained.groups():
+    assert group.test_losses is not None
+    for number, losses in enumerate(group.test_losses):
+      own = {"loss": float(losses.mean())}
+      if group.test_logits is not None:
+        own |= metrics.classification(
+          test.rows["label"],
+          group.test_logits[number],
+          answer_ids=experiment.tokenizer.answer_ids,
+        )
+      found.append(own)
+  return found
 
 
 def contradiction(record: Mapping[str, Any]) -> str | None:

@@ -263,6 +263,7 @@ def build_program(
   *,
   num_members: int,
   placeholder_ids: Mapping[str, int],
+  answer_ids: Sequence[int] = (),
 ) -> program_lib.Program:
   """The program and the mechanism of one model, on one device.
 
@@ -271,6 +272,7 @@ def build_program(
     pool: for the shapes of a record.
     num_members: records that the mechanism is built for.
     placeholder_ids: of the tokenizer.
+    answer_ids: likewise.
 
   Raises:
     ValueError: see `pool.check_trainable`, `mechanism.build` and
@@ -284,6 +286,7 @@ def build_program(
     mechanism,
     {name: array[0] for name, array in pool.rows.items()},
     placeholder_ids=placeholder_ids,
+    answer_ids=answer_ids,
     devices=jax.local_devices()[:1],
   )
 
@@ -295,6 +298,7 @@ def train(
   design: Design,
   folder: pathlib.Path,
   placeholder_ids: Mapping[str, int],
+  answer_ids: Sequence[int] = (),
   test: pool_lib.Pool | None = None,
   devices: Sequence[jax.Device] | None = None,
   steps_at_once: int = _STEPS_AT_ONCE,
@@ -313,6 +317,7 @@ def train(
     design: of `paired` or `everyone`, or one's own.
     folder: where groups are saved, and looked for.
     placeholder_ids: of the tokenizer.
+    answer_ids: likewise.
     test: records that every model predicts at its end.
     devices: all of this process when None; a group is cut over as many of them
       as divide it.
@@ -338,6 +343,7 @@ def train(
     pool,
     num_members=design.num_members,
     placeholder_ids=placeholder_ids,
+    answer_ids=answer_ids,
   )
   folder.mkdir(parents=True, exist_ok=True)
   _check_folder(config, pool, design, folder)

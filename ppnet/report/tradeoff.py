@@ -27,18 +27,18 @@ _WORDS = {
 
 
 def knob_of(cell: results.Cell, config: Mapping[str, Any], field: str) -> float:
-  """The value of a knob: of the audit's record, or else of the configuration.
+  """The value of a knob: of the claim, or else of the configuration.
 
   Args:
     cell: what an audit recorded.
     config: the cell's `config.json`.
-    field: a key of `audit.json`, or a field as "attention_noise.stddev".
+    field: "epsilon", or a field as "attention_noise.stddev".
 
   Returns:
     Its value, NaN where neither has it.
   """
-  if field in cell.record:
-    return tables.to_float(cell.record[field])
+  if field in cell.claims:
+    return cell.claims[field]
   flat = workdirs.flatten(config.get("config", {}))
   return tables.to_float(flat.get(field))
 

@@ -11,15 +11,18 @@ from ppnet.report import results
 _TASKS, _ROWS = ("fsdd", "reviews"), ("plain", "private")
 
 
-def write_cell(root, task, row, *, accuracies, epsilon="inf", bound=0.0):
+def write_cell(
+  root, task, row, *, accuracies, epsilon="inf", bound=0.0, exceeds=False
+):
   folder = root / task / row
   folder.mkdir(parents=True)
-  models = [{"accuracy": value, "leakage": 0.1} for value in accuracies]
-  (folder / "audit.json").write_text(
-    json.dumps(
-      {"models": models, "epsilon": epsilon, "epsilon_lower_bound": bound}
-    )
-  )
+  record = {
+    "claim": {"epsilon": epsilon},
+    "utility": [{"accuracy": value} for value in accuracies],
+    "membership": {"by_model": [{"leakage": 0.1}] * len(accuracies)},
+    "bounds": [{"epsilon": bound, "exceeds": exceeds}] * (bound is not None),
+  }
+  (folder / "audit.json").write_text(json.dumps(record))
 
 
 def collect(root, *, baseline="plain"):
@@ -72,8 +75,17 @@ def test_a_missing_record_is_named(root):
 
 
 def test_a_bound_above_the_claim_is_said_aloud(tmp_path):
+  # A bound that assumes a Gaussian curve has a larger claim of its own.
+  write_cell(tmp_path, "fsdd", "plain", accuracies=(0.5,), epsilon=1, bound=1.1)
+  assert "CONTRADICTS" not in results.markdown(collect(tmp_path))
   write_cell(
-    tmp_path, "fsdd", "private", accuracies=(0.5, 0.6), epsilon=1.0, bound=1.4
+    tmp_path,
+    "fsdd",
+    "private",
+    accuracies=(0.5,),
+    epsilon=1.0,
+    bound=1.4,
+    exceeds=True,
   )
   assert "CONTRADICTS THE CLAIM: fsdd, private" in results.markdown(
     collect(tmp_path)

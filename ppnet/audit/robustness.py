@@ -1,0 +1,167 @@
+"""How finished models bear noise and missing modalities, measured on the test.
+
+Nothing is trained and nothing is attacked here: the models of an audit answer
+the test records again, with something wrong about the records or the network.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from ppnet import config as config_lib
+from ppnet.audit import pool as pool_lib
+from ppnet.audit import shadows as shadows_lib
+from ppnet.audit import side_by_side
+from ppnet.models import lora
+from ppnet.train import step as step_lib
+
+# Of media that were normalised to about unit variance.
+INPUT_STDDEVS = (0.0, 0.25, 0.5, 1.0, 2.0)
+# Share of a text's tokens that are replaced.
+TOKEN_RATES = (0.0, 0.05, 0.1, 0.2, 0.4)
+ATTENTION_STDDEVS = (0.0, 0.5, 1.0, 2.0, 4.0)
+_SEED = 0  # Of the disturbance: the same for all models and rows of a table.
+
+
+def measure(
+  config: config_lib.ExperimentConfig,
+  shadows: shadows_lib.Shadows,
+  test: pool_lib.Pool,
+  *,
+  answer_ids: np.ndarray,
+  devices: Sequence[jax.Device] | None = None,
+) -> dict[str, Any]:
+  """Accuracies of every model under disturbances of several strengths.
+
+  | key | levels |
+  | --- | --- |
+  | input_noise | standard deviations of Gaussian noise on all media, or |
+  | | where a record is text alone, shares of tokens replaced by others |
+  | attention_noise | standard deviations, at test time |
+  | left_out | modalities that no record has any more |
+
+  All levels share their draws, so a curve is not bent by luck.
+
+  Args:
+    config: the experiment.
+    shadows: trained models.
+    test: records with labels.
+    answer_ids: token of each class.
+    devices: all of this process when None.
+
+  Returns:
+    For each key "levels", and "accuracy", one list of numbers per level, a
+    number per model; "kind" of input noise is "stddev" or "token_rate".
+  """
+  accuracy = functools.partial(
+    _accuracies,
+    config,
+    shadows,
+    answer_ids=answer_ids,
+    devices=devices,
+  )
+  media = [name for name in config_lib.MODALITIES if name in test.rows]
+  levels = INPUT_STDDEVS if media else TOKEN_RATES
+  found: dict[str, Any] = {
+    "input_noise": {
+      "kind": "stddev" if media else "token_rate",
+      "levels": levels,
+      "accuracy": [accuracy(disturbed(test, level)) for level in levels],
+    },
+    "attention_noise": {
+      "levels": ATTENTION_STDDEVS,
+      "accuracy": [
+        accuracy(test, attention_stddev=level) for level in ATTENTION_STDDEVS
+      ],
+    },
+  }
+  if len(media) > 1:
+    found["left_out"] = {
+      "levels": ["nothing", *media],
+      "accuracy": [
+        accuracy(test),
+        *(accuracy(test, left_out=name) for name in media),
+      ],
+    }
+  return found
+
+
+def disturbed(pool: pool_lib.Pool, level: float) -> pool_lib.Pool:
+  """The pool with noisy media, or where it has none, with replaced tokens.
+
+  A token is replaced by one that some record of the pool has in the same place
+  or another; the first token, which begins every record, stays.
+
+  Args:
+    pool: of records.
+    level: standard deviation, or share of tokens in [0, 1].
+  """
+  if level == 0:
+    return pool
+  random = np.random.default_rng(_SEED)
+  rows = dict(pool.rows)
+  media = [name for name in config_lib.MODALITIES if name in rows]
+  for name in media:
+    noise = random.standard_normal(rows[name].shape, dtype=np.float32)
+    rows[name] = (rows[name] + level * noise).astype(rows[name].dtype)
+  if not media:
+    tokens = rows["tokens"]
+    others = random.choice(tokens[:, 1:].ravel(), tokens.shape)
+    hit = random.random(tokens.shape) < level
+    hit[:, 0] = False
+    rows["tokens"] = np.where(hit, others, tokens)
+  return dataclasses.replace(pool, rows=rows)
+
+
+def _accuracies(
+  config: config_lib.ExperimentConfig,
+  shadows: shadows_lib.Shadows,
+  test: pool_lib.Pool,
+  *,
+  answer_ids: np.ndarray,
+  devices: Sequence[jax.Device] | None,
+  attention_stddev: float | None = None,
+  left_out: str = "",
+) -> list[float]:
+  """Share of test records that each model gets right."""
+  noise_config = config.attention_noise
+  if attention_stddev is not None:
+    noise_config = dataclasses.replace(
+      noise_config,
+      stddev=attention_stddev,
+      at_evaluation=attention_stddev > 0,
+    )
+  model = shadows.program.model
+
+  def answers(
+    params: Any, batch: Mapping[str, jax.Array], key: jax.Array, frozen: Any
+  ) -> jax.Array | None:
+    kept = {name: batch[name] for name in batch if name != left_out}
+    whole = lora.combine(params, frozen)
+    return step_lib.evaluate(
+      whole, kept, key, model=model, noise_config=noise_config
+    )[1]
+
+  right = []
+  for group in shadows.groups():
+    beside = side_by_side.SideBySide(
+      shadows.program,
+      num_models=len(group.models),
+      microbatch_size=config.perf.microbatch_size,
+      devices=devices,
+    )
+    logits = beside.over_records(
+      answers,
+      group.params,
+      group.init_roots,
+      test,
+      batch_size=min(config.perf.microbatch_size, len(test)),
+    )
+    # Over the whole vocabulary, as `train.metrics` has it.
+    is_right = logits.argmax(axis=-1) == answer_ids[test.rows["label"]]
+    right += is_right.mean(axis=1).tolist()
+  return right
