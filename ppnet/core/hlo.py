@@ -410,61 +410,73 @@ class _Reader:
       return 2 * sizes[1]
     if each.opcode != "fusion" or each.called is None:
       return sum(sizes) + each.num_bytes
-    inside = self._module.computations[each.called]
-    return _fusion_bytes(inside, operands, each)
+    return self._fusion_bytes(operands, each)
+
+  def _fusion_bytes(
+    self,
+    operands: Sequence[hlo_text.Instruction | None],
+    fusion: hlo_text.Instruction,
+  ) -> int:
+    """Main memory that a fusion touches: of what is sliced the slices alone."""
+    total = 0
+    for number, operand in enumerate(operands):
+      if operand is None or not operand.num_bytes:
+        continue
+      uses = list(self._uses(str(fusion.called), number))
+      read = [use for use, is_written in uses if not is_written]
+      if uses and all(
+        use.opcode in ("dynamic-slice", "gather") for use in read
+      ):
+        total += sum(_all_bytes(use) for use in read)
+      else:
+        total += operand.num_bytes
+    written = fusion.num_bytes
+    for inside, each in self._nested(str(fusion.called)):
+      if each.opcode == "dynamic-update-slice":
+        whole, part = _all_bytes(each), inside.get(each.operands[1])
+        if part is not None and whole <= written:
+          written += _all_bytes(part) - whole
+    return total + written
+
+  def _uses(
+    self, computation: str, number: int
+  ) -> Iterator[tuple[hlo_text.Instruction, bool]]:
+    """Who reads a parameter, and whether it is only written in part."""
+    instructions = self._module.computations[computation]
+    names = {
+      each.name
+      for each in instructions.values()
+      if each.opcode == "parameter"
+      and hlo_text.ints(each.rest.split(")")[0])[:1] == (number,)
+    }
+    for each in instructions.values():  # Operands come before their users.
+      places = [i for i, name in enumerate(each.operands) if name in names]
+      if not places:
+        continue
+      if each.opcode == "bitcast":
+        names.add(each.name)
+      elif each.opcode == "fusion" and each.called:
+        for place in places:
+          yield from self._uses(each.called, place)
+      else:
+        yield each, each.opcode == "dynamic-update-slice" and places == [0]
+
+  def _nested(
+    self, computation: str
+  ) -> Iterator[
+    tuple[Mapping[str, hlo_text.Instruction], hlo_text.Instruction]
+  ]:
+    """A fusion's instructions, with those of fusions in it."""
+    instructions = self._module.computations[computation]
+    for each in instructions.values():
+      yield instructions, each
+      if each.opcode == "fusion" and each.called:
+        yield from self._nested(each.called)
 
 
-def _fusion_bytes(
-  inside: Mapping[str, hlo_text.Instruction],
-  operands: Sequence[hlo_text.Instruction | None],
-  fusion: hlo_text.Instruction,
-) -> int:
-  """Main memory that a fusion touches: of what is sliced the slices alone."""
-  users = collections.defaultdict(list)
-  for each in inside.values():
-    for name in each.operands:
-      users[name].append(each)
-  total = 0
-  for each in inside.values():
-    if each.opcode != "parameter":
-      continue
-    number = hlo_text.ints(each.rest.split(")")[0])[0]
-    operand = operands[number] if number < len(operands) else None
-    if operand is None or not operand.num_bytes:
-      continue
-    uses = list(_uses(each, users))
-    if uses and all(
-      use.opcode in ("dynamic-slice", "gather")
-      or (use.opcode == "dynamic-update-slice" and is_first)
-      for use, is_first in uses
-    ):
-      total += sum(
-        sum(array.num_bytes for array in use.arrays)
-        for use, _ in uses
-        if use.opcode != "dynamic-update-slice"
-      )
-    else:
-      total += operand.num_bytes
-  written = fusion.num_bytes
-  for each in inside.values():
-    if each.opcode == "dynamic-update-slice" and written:
-      whole = sum(array.num_bytes for array in each.arrays)
-      part = inside.get(each.operands[1])
-      size = sum(array.num_bytes for array in part.arrays) if part else whole
-      if whole <= written:
-        written += size - whole
-  return total + written
-
-
-def _uses(
-  each: hlo_text.Instruction, users: Mapping[str, list[hlo_text.Instruction]]
-) -> Iterator[tuple[hlo_text.Instruction, bool]]:
-  """Users behind bitcasts, and whether they take the value first."""
-  for user in users[each.name]:
-    if user.opcode == "bitcast":
-      yield from _uses(user, users)
-    else:
-      yield user, user.operands[0] == each.name
+def _all_bytes(each: hlo_text.Instruction) -> int:
+  """Of a result, wherever it lives."""
+  return sum(array.num_bytes for array in each.arrays)
 
 
 def _order(cost: Cost) -> tuple[float, ...]:

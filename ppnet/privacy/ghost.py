@@ -146,13 +146,7 @@ def per_example(
       zeros = jnp.zeros(
         (*slices[leaf], num_units, *rest), kept_dtype(uses[leaf])
       )
-      copies = layout.unit_grads(zeros, leaf, len(rest))
-      by_leaf[leaf] = copies, None
-      if zeros.dtype != jnp.float32:  # Of one use, so that squares are whole.
-        by_leaf[leaf] = (
-          copies,
-          outer_products.zero_stats((*slices[leaf], num_units)),
-        )
+      by_leaf[leaf] = layout.unit_grads(zeros, leaf, len(rest))
     elif ways[leaf] is Way.PROBE:
       by_leaf[leaf] = outer_products.zero_stats((*slices[leaf], num_units))
   by_site = {
@@ -193,11 +187,9 @@ def per_example(
   kept: dict[int, jax.Array] = {}
   for leaf, value in from_leaf.items():
     if ways[leaf] is Way.KEEP:
-      grads, value = value
-      num_axes = grads.ndim - len(slices[leaf]) - 1
-      kept[leaf] = layout.unit_grads(grads, leaf, num_axes)
-      if value is None:
-        value = _kept_stats(kept[leaf], slices[leaf])
+      num_axes = value.ndim - len(slices[leaf]) - 1
+      kept[leaf] = layout.unit_grads(value, leaf, num_axes)
+      value = _kept_stats(kept[leaf], slices[leaf])
     stats[leaf] = value
   for leaf, factors in factors_of.items():
     stats[leaf] = jax.tree.map(
@@ -341,38 +333,32 @@ def _to_slices(weights: jax.Array, slices: tuple[int, ...]) -> jax.Array:
 
 
 def _keep(site, weight, x, frame, num_units) -> jax.Array:
-  """KEEP: the extra input is each unit's own copy of the weight.
-
-  Where it is kept in bfloat16, `Stats` leave beside it: they are of what was
-  rounded, and read it while it is at hand.
-  """
-  copies, stats = frame.by_leaf[site.view.leaf]
+  """KEEP: the extra input is each unit's own copy of the weight."""
+  copies = frame.by_leaf[site.view.leaf]
   dtype = copies.dtype
 
   @jax.custom_vjp
-  def apply(weight, x, extra):
-    del extra  # For its cotangent alone.
+  def apply(weight, x, copies):
+    del copies  # For its cotangent alone.
     return taps.plain(site.kind, weight, x)
 
-  def forward(weight, x, extra):
-    return apply(weight, x, extra), (weight, x)
+  def forward(weight, x, copies):
+    return apply(weight, x, copies), (weight, x)
 
   def backward(kept, g):
     weight, x = kept
     grads = _unit_grads(site, x, g, num_units)
-    own = None
-    if stats is not None:
+    if dtype == jnp.bfloat16:
       # XLA may leave out a cast to bfloat16 and back, for one reader and not
       # for another; this it may not.
       grads = jax.lax.reduce_precision(grads, exponent_bits=8, mantissa_bits=7)
-      own = _kept_stats(grads, ())
     grads = layout.unit_grads(
       grads.astype(dtype), site.view.leaf, grads.ndim - 1
     )
-    return None, _input_grad(site, weight, g), (grads, own)
+    return None, _input_grad(site, weight, g), grads
 
   apply.defvjp(forward, backward)
-  return apply(weight, x, (copies, stats))
+  return apply(weight, x, copies)
 
 
 def _record(site, weight, x, frame, num_units) -> jax.Array:

@@ -344,10 +344,17 @@ def test_a_loop_of_unknown_length_is_named_and_counts_once(old, new):
 
 def test_memory_is_counted_where_it_is_far():
   text = """
+%inner (i: s32[], flat: f32[100,8]) -> f32[1,8] {
+  %i = s32[] parameter(0)
+  %flat = f32[100,8]{1,0} parameter(1)
+  ROOT %s = f32[1,8]{1,0} dynamic-slice(%flat, %i)
+}
+
 %slice (whole: f32[100,8], i: s32[]) -> f32[1,8] {
   %whole = f32[100,8]{1,0} parameter(0)
   %i = s32[] parameter(1)
-  ROOT %s = f32[1,8]{1,0} dynamic-slice(%whole, %i)
+  %same = f32[100,8]{1,0} bitcast(%whole)
+  ROOT %f = f32[1,8]{1,0} fusion(%i, %same), calls=%inner
 }
 
 %write (whole: f32[100,8], new: f32[1,8], i: s32[]) -> f32[100,8] {
