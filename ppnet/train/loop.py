@@ -431,9 +431,6 @@ class _Run:
     entropy = hosts.from_first(lambda: mechanism_lib.noise_root_entropy(config))
     self._noise_key = self._program.put(prng.root(entropy))
     self._noise_state = self._start_noise()
-    self._clips_each_example = (
-      self._mechanism.clipping is config_lib.Clipping.PER_EXAMPLE
-    )
     self._writer = metrics.writer(
       experiment.workdir if hosts.is_first() else None,
       start_step=self._start_step,
@@ -603,7 +600,7 @@ class _Run:
       row,
       scalars,
       step=step,
-      tolerated=self._clips_each_example,
+      tolerated=self._mechanism.clipping is config_lib.Clipping.PER_EXAMPLE,
       learning_rate=self._config.optimizer.learning_rate,
       saved=self._checkpoints.latest_step(),
     )

@@ -182,9 +182,8 @@ def build(
   mesh = _mesh(config, devices, example, rules=rules)
   model = _model(config.model, placeholder_ids, answer_ids)
   tx = optimizer.build(config.optimizer, config.train.num_steps)
-  root_key = prng.root(config.seed)
-  if is_at_hand:
-    root_key = rules_lib.put(root_key, mesh)
+  root = prng.root(config.seed)
+  root_key = rules_lib.put(root, mesh) if is_at_hand else root
   is_trained = lora.trained_names(config)
   init_fn = functools.partial(
     initial.init_state,
@@ -201,7 +200,6 @@ def build(
   abstract_state = initial.abstract(
     jax.eval_shape(init_fn, root_key), shardings
   )
-  sum_shardings = own_sums.shardings(shardings.params, mesh=mesh, rules=rules)
   noise_shardings = initial.noise_shardings(
     mechanism, abstract_state.params, shardings.params, mesh=mesh
   )
@@ -256,7 +254,7 @@ def build(
     init=jax.jit(functools.partial(init_fn, root_key), out_shardings=shardings),
     weights=weights,
     abstract_weights=abstract_weights,
-    **_sum_programs(pure, on_mesh, sum_shardings, mesh=mesh, rules=rules),
+    **_sum_programs(pure, on_mesh, shardings.params, mesh=mesh, rules=rules),
     **_noise_programs(mechanism, noise_shardings),
     update=_update(pure, shardings, noise_shardings, mesh=mesh, rules=rules),
     **_fetching_programs(pure, mesh),
@@ -355,13 +353,14 @@ def _fetched(mesh: Mesh) -> NamedSharding | None:
 def _sum_programs(
   pure: Pure,
   on_mesh: Callable[..., Any],
-  shardings: step_lib.GradSum,
+  param_shardings: Any,
   *,
   mesh: Mesh,
   rules: rules_lib.Rules,
 ) -> dict[str, Any]:
   """What begins the clipped sum of a step, and what adds to it."""
   by_replicas = own_sums.accumulate(pure.accumulate, mesh=mesh, rules=rules)
+  shardings = own_sums.shardings(param_shardings, mesh=mesh, rules=rules)
 
   def accumulate(
     grad_sum, params, microbatch, root_key, step, clip_norm=None, frozen=None
