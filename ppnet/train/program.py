@@ -181,7 +181,6 @@ def build(
     jax.eval_shape(frozen_fn), frozen_shardings
   )
   num_rows = config.perf.microbatch_size * mechanism.rows_per_unit
-  weights, abstract_weights = _weights(config, abstract_state.params, rules)
   # Shardings of inputs travel with the arrays; outputs are pinned, so that no
   # step can change where the state lives.
   program = Program(
@@ -203,8 +202,7 @@ def build(
     root_key=root_key,
     init=jax.jit(functools.partial(init_fn, root_key), out_shardings=shardings),
     init_grad_sum=jax.jit(step_lib.init_grad_sum, out_shardings=sum_sharding),
-    weights=weights,
-    abstract_weights=abstract_weights,
+    **_weights(config, abstract_state.params, rules),
     accumulate=jax.jit(
       on_mesh(_accumulate, loss_fn=loss_fn, clipped_grad_of=clipped_grad_of),
       donate_argnames="grad_sum",
@@ -357,14 +355,14 @@ def _with_frozen(
 
 def _weights(
   config: config_lib.ExperimentConfig, params: Any, rules: rules_lib.Rules
-) -> tuple[Callable[[Any], Any], Any]:
-  """What microbatches compute with, and its shapes.
+) -> dict[str, Any]:
+  """`weights` and `abstract_weights` of a program.
 
   The decoder casts its parameters wherever it uses them, so that casting them
   first changes no value; other modules need not.
   """
   if not config.perf.gather_weights:
-    return lambda params: params, params
+    return {"weights": lambda params: params, "abstract_weights": params}
   dtype = jnp.dtype(config.model.decoder.compute_dtype.value)
 
   def cast(params):
@@ -378,8 +376,12 @@ def _weights(
   shardings = jax.tree.map(sharding_of, params)
   mesh = jax.tree.leaves(shardings)[0].mesh
   shardings = layout.gathered(mesh, rules, shardings)
-  gather = jax.jit(cast, out_shardings=shardings)
-  return gather, initial.abstract(jax.eval_shape(cast, params), shardings)
+  return {
+    "weights": jax.jit(cast, out_shardings=shardings),
+    "abstract_weights": initial.abstract(
+      jax.eval_shape(cast, params), shardings
+    ),
+  }
 
 
 def _accumulate(
