@@ -139,16 +139,11 @@ def per_example(
     leaf: leaves[leaf].shape[: len(sites[0].view.scans)]
     for leaf, sites in uses.items()
   }
-  by_leaf: dict[int, Any] = {}
-  for leaf in uses:
-    if ways[leaf] is Way.KEEP:
-      rest = leaves[leaf].shape[len(slices[leaf]) :]
-      zeros = jnp.zeros(
-        (*slices[leaf], num_units, *rest), kept_dtype(uses[leaf])
-      )
-      by_leaf[leaf] = layout.unit_grads(zeros, leaf, len(rest))
-    elif ways[leaf] is Way.PROBE:
-      by_leaf[leaf] = outer_products.zero_stats((*slices[leaf], num_units))
+  by_leaf = {
+    leaf: _extra_input(ways[leaf], sites, leaves[leaf], num_units)
+    for leaf, sites in uses.items()
+    if ways[leaf] is not Way.RECORD
+  }
   by_site = {
     site.path: jnp.zeros((*site.lengths, *site.out.shape), site.out.dtype)
     for site in program.sites
@@ -187,8 +182,7 @@ def per_example(
   kept: dict[int, jax.Array] = {}
   for leaf, value in from_leaf.items():
     if ways[leaf] is Way.KEEP:
-      num_axes = value.ndim - len(slices[leaf]) - 1
-      kept[leaf] = layout.unit_grads(value, leaf, num_axes)
+      kept[leaf] = _laid_out(value, leaf, slices[leaf])
       value = _kept_stats(kept[leaf], slices[leaf])
     stats[leaf] = value
   for leaf, factors in factors_of.items():
@@ -214,13 +208,24 @@ def per_example(
         grad = _kept_sum(kept[i], full[i], i)
       else:
         grad = jnp.zeros(leaf.shape)
-      grad = grad.reshape(leaf.shape).astype(jnp.float32)
-      out.append(layout.grad(grad, i))
+      out.append(layout.grad(grad.reshape(leaf.shape).astype(jnp.float32), i))
     return structure.unflatten(out)
 
   return PerExample(
     losses=losses, aux=aux, stats=stats, weighted_sum=weighted_sum
   )
+
+
+def _extra_input(
+  way: Way, sites: Sequence[taps.Site], leaf: jax.Array, num_units: int
+) -> Any:
+  """Zeros whose cotangents bring out what KEEP or PROBE is to know."""
+  num_slices = len(sites[0].view.scans)
+  slices, rest = leaf.shape[:num_slices], leaf.shape[num_slices:]
+  if way is Way.PROBE:
+    return outer_products.zero_stats((*slices, num_units))
+  copies = jnp.zeros((*slices, num_units, *rest), kept_dtype(sites))
+  return layout.unit_grads(copies, sites[0].view.leaf, len(rest))
 
 
 def choose_way(sites: Sequence[taps.Site], *, may_probe: bool) -> Way:
@@ -507,6 +512,11 @@ def _per_slice(fun: Callable[[Any], Any], stacked: Any) -> Any:
     out = fun(jax.tree.map(lambda leaf: leaf[0], stacked))
     return jax.tree.map(lambda leaf: leaf[None], out)
   return jax.lax.map(fun, stacked)
+
+
+def _laid_out(kept: jax.Array, leaf: int, slices: tuple[int, ...]) -> jax.Array:
+  """[*slices, U, *slice], each unit where its rows are."""
+  return layout.unit_grads(kept, leaf, kept.ndim - len(slices) - 1)
 
 
 def _kept_stats(

@@ -217,7 +217,6 @@ def build(
   abstract_frozen = initial.abstract(
     jax.eval_shape(frozen_fn), frozen_shardings
   )
-  weights, abstract_weights = _weights(config, abstract_state.params, rules)
   pure = _pure(
     config,
     mechanism,
@@ -252,8 +251,7 @@ def build(
     abstract_frozen=abstract_frozen,
     root_key=root_key,
     init=jax.jit(functools.partial(init_fn, root_key), out_shardings=shardings),
-    weights=weights,
-    abstract_weights=abstract_weights,
+    **_weights(config, abstract_state.params, rules),
     **_sum_programs(pure, on_mesh, shardings.params, mesh=mesh, rules=rules),
     **_noise_programs(mechanism, noise_shardings),
     update=_update(pure, shardings, noise_shardings, mesh=mesh, rules=rules),
@@ -487,14 +485,14 @@ def _with_frozen(
 
 def _weights(
   config: config_lib.ExperimentConfig, params: Any, rules: rules_lib.Rules
-) -> tuple[Callable[[Any], Any], Any]:
-  """What microbatches compute with, and its shapes.
+) -> dict[str, Any]:
+  """`weights` and `abstract_weights` of a program.
 
   The decoder casts its parameters wherever it uses them, so that casting them
   first changes no value; other modules need not.
   """
   if not config.perf.gather_weights:
-    return lambda params: params, params
+    return {"weights": lambda params: params, "abstract_weights": params}
   dtype = jnp.dtype(config.model.decoder.compute_dtype.value)
 
   def cast(params):
@@ -508,8 +506,12 @@ def _weights(
   shardings = jax.tree.map(sharding_of, params)
   mesh = jax.tree.leaves(shardings)[0].mesh
   shardings = layout.gathered(mesh, rules, shardings)
-  gather = jax.jit(cast, out_shardings=shardings)
-  return gather, initial.abstract(jax.eval_shape(cast, params), shardings)
+  return {
+    "weights": jax.jit(cast, out_shardings=shardings),
+    "abstract_weights": initial.abstract(
+      jax.eval_shape(cast, params), shardings
+    ),
+  }
 
 
 def _accumulate(
