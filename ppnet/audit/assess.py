@@ -233,8 +233,8 @@ def black_box_trials(
   found = [
     Trials(
       observer=f"sees {count} finished shadow model{'s' * (count > 1)} and"
-      f" guesses which of {int(columns.sum()):,} records each was trained on,"
-      f" by {name} (black box)",
+      f" guesses which of {int(columns.sum()):,} records"
+      f" {'each' if count > 1 else 'it'} was trained on, by {name} (black box)",
       scores=scores[:count].ravel(),
       is_in=members[:count].ravel(),
       methods=("one_run", "f_dp_one_run"),

@@ -14,6 +14,7 @@ reference. Of m's own membership nothing is ever read.
 | attack | who can do it |
 | --- | --- |
 | a raw score, one threshold | anybody who may query the model |
+| `gradient_norm` | with the model's parameters |
 | `calibrated_loss`, `..._offline`, ... | with models of similar records |
 | `..._online` | with models trained with the record and without it |
 """
@@ -27,6 +28,7 @@ from ppnet.audit import lira, references, rmia
 from ppnet.core import checks
 
 _RAW = "anybody who may query the model"
+_WHITE_BOX = "somebody who has the model's parameters"
 _OFFLINE = (
   "somebody who trained models on similar records, none of them on the record"
   " in question"
@@ -143,7 +145,10 @@ def run_all(
         not_finite=int((~np.isfinite(values)).sum()),
       )
   attacks = {
-    name: Attack(np.asarray(values, np.float64), _RAW)
+    name: Attack(
+      np.asarray(values, np.float64),
+      _WHITE_BOX if name == "gradient_norm" else _RAW,
+    )
     for name, values in scores.items()
   }
   left_out: dict[str, str] = {}

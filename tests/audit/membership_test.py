@@ -233,10 +233,13 @@ def test_what_cannot_be_run_is_said_and_not_guessed():
   rng = np.random.default_rng(6)
   members, partner = tables.design(1, 30, rng)
   margins = tables.gaussian_margins(members, rng, shift=1.0)
+  scores = {"loss": tables.losses_of(margins), "gradient_norm": margins}
   attacks, left_out = membership.run_all(
-    {"loss": tables.losses_of(margins)}, membership=members, partner=partner
+    scores, membership=members, partner=partner
   )
-  assert list(attacks) == ["loss"]
+  assert list(attacks) == ["loss", "gradient_norm"]
+  assert "query" in attacks["loss"].knowledge
+  assert "parameters" in attacks["gradient_norm"].knowledge
   assert "num_models" in left_out["calibrated_loss"]
   assert "margin" in left_out["lira_online"]
 
