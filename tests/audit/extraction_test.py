@@ -83,6 +83,7 @@ def test_a_beam_of_one_is_greedy(memorised, prompts):
   assert beams[:, 0].tolist() == greedy
 
 
+@pytest.mark.slow
 def test_a_beam_finds_the_likeliest_sequences_there_are(memorised, prompts):
   """As wide as it must be for two tokens: against all pairs, one by one."""
   model = memorised.experiment.program.model
