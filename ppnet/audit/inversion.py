@@ -50,7 +50,7 @@ class Inversion:
     delta: of all of them.
     psnr: peak signal-to-noise ratio, dB, [levels]; see `peak_to_noise`.
     guess_psnr: that of the mean of other pictures, which needs no gradient: an
-      attacker below it has learnt nothing.
+      attacker below it would do better to guess.
     matches: cosine between the gradients of both, the observed one noisy,
       [levels].
     value_range: least and largest value of other pictures; the peak is their

@@ -20,7 +20,7 @@ _NOTE = (
   "One record, one step, no sampling: the attacker knows the parameters and all"
   " of the record but this picture. PSNR: higher is nearer. The mean of other"
   " pictures, which needs no gradient, has {guess:.1f} dB: a drawing below that"
-  " shows nothing of this record."
+  " is worse than this guess."
 )
 
 

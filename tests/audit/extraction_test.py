@@ -83,6 +83,7 @@ def test_a_beam_of_one_is_greedy(memorised, prompts):
   assert beams[:, 0].tolist() == greedy
 
 
+@pytest.mark.slow
 def test_a_beam_finds_the_likeliest_sequences_there_are(memorised, prompts):
   """As wide as it must be for two tokens: against all pairs, one by one."""
   model = memorised.experiment.program.model
@@ -117,3 +118,34 @@ def test_a_beam_finds_the_likeliest_sequences_there_are(memorised, prompts):
       a, b = np.asarray(found)[row, rank]
       assert total[a, b] == pytest.approx(best[rank], abs=1e-4)
   assert len(set(itertools.chain(*prompts))) > 3  # Two different prompts.
+
+
+def test_a_beam_s_scores_are_those_of_its_sequences(memorised, prompts):
+  """Over several steps, in which sequences change their places."""
+  model = memorised.experiment.program.model
+  params = jax.tree.map(lambda leaf: 0.5 * leaf, memorised.params)
+  prompt = prompts[0]
+  found, scores = jax.jit(
+    lambda p: extraction.beam_search(
+      p,
+      jnp.array([prompt], jnp.int32),
+      jnp.array([len(prompt)], jnp.int32),
+      {},
+      model=model,
+      beam_size=12,
+      num_new_tokens=5,
+    )
+  )(params)
+  whole = np.array([[*prompt, *row] for row in np.asarray(found)[0].tolist()])
+  log_probs = jax.nn.log_softmax(
+    model.apply({"params": params}, jnp.asarray(whole), media={})
+  )
+  new = np.take_along_axis(
+    np.asarray(log_probs)[:, len(prompt) - 1 : -1],
+    whole[:, len(prompt) :, None],
+    axis=2,
+  )
+  np.testing.assert_allclose(scores[0], new.sum(axis=(1, 2)), atol=1e-4)
+  assert (np.diff(np.asarray(scores)[0]) <= 0).all()
+  assert len(np.unique(whole, axis=0)) == 12
+  # Fails if: a sequence goes on with another one's keys and values.
