@@ -133,3 +133,22 @@ def test_a_user_pattern_has_one_group(pattern):
   config.data.user_pattern = pattern
   with pytest.raises(ValueError, match="regular expression with one group"):
     config_lib.validate(config)
+
+
+def test_packed_rows_are_of_texts_and_seen_once():
+  config = tiny.experiment(
+    unit=config_lib.PrivacyUnit.PACKED_ROW, views_per_example=1
+  )
+  with pytest.raises(ValueError, match="PACKED_ROW.*task='CLASSIFY'"):
+    config_lib.validate(config)
+  config.data.task = config_lib.Task.CAUSAL
+  config_lib.validate(config)
+  config.train.views_per_example = 2
+  with pytest.raises(ValueError, match="PACKED_ROW.*views_per_example=2"):
+    config_lib.validate(config)
+
+
+def test_a_limit_of_stalls_is_positive():
+  config = tiny.experiment(stall_secs=0.0)
+  with pytest.raises(ValueError, match=r"perf\.stall_secs > 0"):
+    config_lib.validate(config)
