@@ -23,8 +23,11 @@ FLAGS = (
   "--config.privacy.accountant=rdp",
   "--config.mesh.data=2",
   "--config.mesh.fsdp=-1",
+  "--config.attention_noise.consistency_weight=0",  # One application.
 )
 NUM_DEVICES = 8
+# Compiling is what these tests cost.
+FAST = "--xla_backend_optimization_level=0"
 
 
 def free_port():
@@ -54,6 +57,7 @@ def start(workdir, *flags, count):
       | {
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(NUM_DEVICES // count),
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {FAST}",
       },
       stdout=log,
       stderr=subprocess.STDOUT,
