@@ -66,7 +66,7 @@ def start(workdir, *flags, count):
   return processes
 
 
-def finish(processes, *, within_secs=900):
+def finish(processes, *, within_secs=1800):
   """(exit codes, outputs); all of them must end, and none is left behind."""
   deadline = time.monotonic() + within_secs
   try:
@@ -90,7 +90,7 @@ def charged_steps(workdir):
 
 def kill_when(condition, processes, *, victim, delay_secs=0.0):
   """SIGKILL to one of them; (its peer's exit code, output, seconds it took)."""
-  deadline = time.monotonic() + 600
+  deadline = time.monotonic() + 1800
   while not condition():
     assert time.monotonic() < deadline
     if any(process.poll() is not None for process, _ in processes):
