@@ -168,6 +168,7 @@ class BenchSubject(enum.Enum):
   ENGINES = "engines"  # The clipped sum, by each engine and by other libraries.
   PIPELINE = "pipeline"  # Records per second of the data pipelines.
   ATTENTION = "attention"  # Attention with noise, by kernels and reference.
+  SHADOWS = "shadows"  # Models trained side by side, and in runs of their own.
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)

@@ -32,6 +32,7 @@ from ppnet import config_args, study, sweep
 from ppnet.audit import run as audit
 from ppnet.bench import attention, engines
 from ppnet.bench import pipeline as pipeline_bench
+from ppnet.bench import shadows as shadows_bench
 from ppnet.core import checks, hosts, prng, records, workdirs
 from ppnet.data import layout, prepare, text, tokenizers
 from ppnet.models import generate, hf, lora, multimodal
@@ -194,6 +195,9 @@ def benchmark(
 ) -> None:
   """Measures what `config.bench` asks for, then prints table and figure."""
   record = _BENCHMARKS[config.bench.subject](config, workdir)
+  if config.bench.subject is config_lib.BenchSubject.SHADOWS:
+    print(f"\n{shadows_bench.table(record)}\n\nrecords: {workdir}")
+    return
   if config.bench.subject is config_lib.BenchSubject.PIPELINE:
     figure, shown = throughput.write(workdir), throughput.table(record)
   else:
@@ -245,6 +249,7 @@ _BENCHMARKS = {
   config_lib.BenchSubject.ENGINES: engines.run,
   config_lib.BenchSubject.ATTENTION: attention.run,
   config_lib.BenchSubject.PIPELINE: pipeline_bench.run,
+  config_lib.BenchSubject.SHADOWS: shadows_bench.run,
 }
 
 

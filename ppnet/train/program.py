@@ -26,6 +26,26 @@ from ppnet.train import step as step_lib
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Pure:
+  """What a program compiles: functions of arrays alone, on no mesh.
+
+  For whoever runs a step otherwise than one after the other on one state, as
+  audits do with many models side by side.
+
+  Attributes:
+    init: root key -> TrainState.
+    accumulate: see `step.accumulate`, with what is frozen as a last argument.
+    update: see `step.update`.
+    evaluate: see `step.evaluate`, with what is frozen as a last argument.
+  """
+
+  init: Callable[..., Any]
+  accumulate: Callable[..., Any]
+  update: Callable[..., Any]
+  evaluate: Callable[..., Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
   """Jitted functions of one experiment on one mesh.
 
@@ -50,6 +70,9 @@ class Program:
     host: the rows of a batch that this process places.
     frozen: () -> the parameters that are not trained, computed or read once;
       `models.lora.combine` puts them and the trained ones together.
+    pure: the functions that the jitted ones are made of.
+    begins_from_disk: whether `init` begins from stored weights, and not from
+      the root key alone.
     cut_keys: fresh keys of the private cut for a batch; None without one.
   """
 
@@ -72,6 +95,8 @@ class Program:
   whole: Any
   host: pipeline.Host
   frozen: Any
+  pure: Pure
+  begins_from_disk: bool = False
   cut_keys: Any = None
 
   @property
@@ -173,6 +198,16 @@ def build(
     jax.eval_shape(frozen_fn), frozen_shardings
   )
   num_rows = config.perf.microbatch_size * mechanism.rows_per_unit
+  pure = Pure(
+    init=init_fn,
+    accumulate=functools.partial(
+      _accumulate, loss_fn=loss_fn, clipped_grad_of=clipped_grad_of
+    ),
+    update=_update(config, mechanism, tx),
+    evaluate=functools.partial(
+      _evaluate, model=model, noise_config=config.attention_noise
+    ),
+  )
   # Shardings of inputs travel with the arrays; outputs are pinned, so that no
   # step can change where the state lives.
   program = Program(
@@ -195,19 +230,21 @@ def build(
     init=jax.jit(functools.partial(init_fn, root_key), out_shardings=shardings),
     init_grad_sum=jax.jit(step_lib.init_grad_sum, out_shardings=sum_sharding),
     accumulate=jax.jit(
-      on_mesh(_accumulate, loss_fn=loss_fn, clipped_grad_of=clipped_grad_of),
+      on_mesh(pure.accumulate),
       donate_argnames="grad_sum",
       out_shardings=(sum_sharding, _fetched(mesh)),
     ),
     **_noise_programs(mechanism, noise_shardings),
     update=jax.jit(
-      _update(config, mechanism, tx),
+      pure.update,
       donate_argnames=("state", "noise_state"),
       out_shardings=(shardings, noise_shardings, replicated),
     ),
-    **_fetching_programs(config, model, mesh),
+    **_fetching_programs(pure, mesh),
     host=_host(mesh, rules) if is_at_hand else pipeline.Host(),
     frozen=lambda: {},
+    pure=pure,
+    begins_from_disk=bool(config.model.decoder_weights),
     cut_keys=_cut_keys(config.model.private_cut, mesh) if is_at_hand else None,
   )
   if not is_at_hand:
@@ -270,16 +307,11 @@ def _fetched(mesh: Mesh) -> NamedSharding | None:
   return rules_lib.replicated(mesh) if jax.process_count() > 1 else None
 
 
-def _fetching_programs(
-  config: config_lib.ExperimentConfig, model: multimodal.PPNet, mesh: Mesh
-) -> dict[str, Any]:
+def _fetching_programs(pure: Pure, mesh: Mesh) -> dict[str, Any]:
   """What evaluates, and what brings values to the hosts."""
   return {
     "evaluate": jax.jit(
-      mesh_lib.within(
-        mesh, _evaluate, model=model, noise_config=config.attention_noise
-      ),
-      out_shardings=_fetched(mesh),
+      mesh_lib.within(mesh, pure.evaluate), out_shardings=_fetched(mesh)
     ),
     "fingerprint": jax.jit(
       trees.fingerprint, out_shardings=rules_lib.replicated(mesh)

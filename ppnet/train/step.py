@@ -282,6 +282,24 @@ def replay_noise(
   return noise_state
 
 
+def predict(
+  params: Any,
+  batch: losses_lib.Batch,
+  root_key: Key[Array, ""],
+  *,
+  model: Any,
+  noise_config: Any,
+) -> Float[Array, "B T V"]:
+  """Logits of one batch as evaluations see them; see `evaluate`."""
+  noise = None
+  if noise_config.at_evaluation:
+    stem = prng.stream(root_key, prng.Stream.EVAL_ATTENTION_NOISE, 0)
+    noise = losses_lib.attention_noise(
+      noise_config, prng.per_record(stem, batch["index"])
+    )
+  return losses_lib.predict(model, params, batch, noise=noise)
+
+
 def evaluate(
   params: Any,
   batch: losses_lib.Batch,
@@ -304,13 +322,9 @@ def evaluate(
     Task loss per example, and logits at the answer position where there is one
     (a batch with "label").
   """
-  noise = None
-  if noise_config.at_evaluation:
-    stem = prng.stream(root_key, prng.Stream.EVAL_ATTENTION_NOISE, 0)
-    noise = losses_lib.attention_noise(
-      noise_config, prng.per_record(stem, batch["index"])
-    )
-  logits = losses_lib.predict(model, params, batch, noise=noise)
+  logits = predict(
+    params, batch, root_key, model=model, noise_config=noise_config
+  )
   loss = losses_lib.cross_entropy(logits, batch["targets"], batch["loss_mask"])
   if "label" not in batch:
     return loss, None
