@@ -179,7 +179,8 @@ class Scorer:
 
     Args:
       params: leaves [M, ...]. One finished model's have the shape [1, ...].
-      roots: words of the roots of the models' attention noise, u32[M, 2].
+      roots: words of the roots of the models' attention noise, u32[M, 2]: a
+        group's `init_roots`, or `side_by_side.key_words([config.seed])`.
       pool: n records.
     """
     found = self._beside.over_records(

@@ -299,6 +299,20 @@ class SideBySide:
 
     return over_passes
 
+  def _vmap(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`jax.vmap`; of one model, the function itself.
+
+    A batch axis of one would be an axis of every product all the same.
+    """
+    if self.width > 1:
+      return jax.vmap(fn)
+
+    def of_one(*args):
+      out = fn(*jax.tree.map(lambda x: x[0], args))
+      return jax.tree.map(lambda x: jnp.asarray(x)[None], out)
+
+    return of_one
+
   def _over_local(
     self,
     fn: Callable[..., Any],
@@ -313,7 +327,7 @@ class SideBySide:
       key = jax.random.wrap_key_data(words, impl="threefry2x32")
       return jax.lax.map(lambda batch: fn(params, batch, key, frozen), rows)
 
-    return self._in_passes(jax.vmap(one))(params, roots)
+    return self._in_passes(self._vmap(one))(params, roots)
 
   def _start_local(self, roots: Mapping[str, jax.Array]) -> Carry:
     """See `start`."""
@@ -368,11 +382,11 @@ class SideBySide:
       )
 
     own = (state.params, keys["init"], state.step, state.clip_norm)
-    grad_sum = jax.vmap(step_lib.init_grad_sum)(state.params)
+    grad_sum = self._vmap(step_lib.init_grad_sum)(state.params)
 
     def add(grad_sum, places):
       params, key, step, clip_norm = own
-      return jax.vmap(accumulate)(
+      return self._vmap(accumulate)(
         grad_sum, params, places, key, step, clip_norm
       )
 
@@ -402,7 +416,7 @@ class SideBySide:
     grad_sum, parts = jax.lax.fori_loop(
       0, rounds, add_round, (grad_sum, nothing)
     )
-    state, noise_state, scalars = jax.vmap(self._pure.update)(
+    state, noise_state, scalars = self._vmap(self._pure.update)(
       state, grad_sum, keys["noise"], carry.noise_state
     )
     parts = jax.tree.map(

@@ -34,6 +34,7 @@ import tqdm
 from ppnet import config as config_lib
 from ppnet.bench import measure
 from ppnet.core import records
+from ppnet.data import prepare
 from ppnet.train import loop
 
 GOAL = 0.25
@@ -90,7 +91,7 @@ def run(
     for name, job in (("alone", _alone(config)), ("beside", _beside(config))):
       (own / name).write_bytes(pickle.dumps(job))
     # Not counted for either: the data are prepared once.
-    loop.open_experiment(_alone(config), own / "prepared")
+    prepare.prepare(config.data, pathlib.Path(config.data.prepared_dir))
     for round_number in range(config.bench.rounds):
       for name in measure.order(names, round_number):
         bar.set_postfix_str(name)
@@ -138,8 +139,10 @@ def table(record: Mapping[str, Any]) -> str:
       f" {number(row['cpu_time_ratio'], '.3f'):>6}"
       f" {number(row['memory_mib'], '.0f'):>6}"
     )
-  notes = [f"{row['name']}: {row['note']}" for row in record["rows"]]
-  return "\n".join([*lines, *(note for note in notes if note[-2:] != ": ")])
+  notes = [
+    f"{row['name']}: {row['note']}" for row in record["rows"] if row["note"]
+  ]
+  return "\n".join([*lines, *notes])
 
 
 def _alone(config: config_lib.ExperimentConfig) -> config_lib.ExperimentConfig:

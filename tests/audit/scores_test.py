@@ -145,14 +145,22 @@ def experiment(kind: str) -> config_lib.ExperimentConfig:
 
 
 @functools.cache
-def scored(kind: str):
-  """Two untrained models and the scores of 20 records under them."""
+def opened_pool(kind: str):
   config = experiment(kind)
   config.mesh = config_lib.MeshConfig(data=1)
   opened = loop.open_experiment(
     config, pathlib.Path(FOLDER.name) / "run", devices=jax.devices()[:1]
   )
-  pool = pool_lib.of_split(opened, split="train", num_records=20)
+  return (
+    config,
+    opened,
+    pool_lib.of_split(opened, split="train", num_records=20),
+  )
+
+
+def scored(kind: str):
+  """Two untrained models and the scores of 20 records under them."""
+  config, opened, pool = opened_pool(kind)
   program = shadows.build_program(
     config,
     pool,
@@ -179,12 +187,14 @@ def scored(kind: str):
     devices=jax.devices()[:2],
   )
   found = scorer(params, roots, pool)
-  return config, opened, program, params, pool, found
+  return opened, program, params, pool, found
 
 
-@pytest.mark.parametrize("kind", ["joint", "text"])
+@pytest.mark.parametrize(
+  "kind", [pytest.param("joint", marks=pytest.mark.slow), "text"]
+)
 def test_scores_of_models_are_those_of_each_model_alone(kind):
-  config, opened, program, params, pool, found = scored(kind)
+  opened, program, params, pool, found = scored(kind)
   names = {"loss", "margin", "gradient_norm"}
   if kind == "text":
     names |= {"min_k", "min_k_plus_plus", "zlib"}
@@ -225,7 +235,7 @@ def test_scores_of_models_are_those_of_each_model_alone(kind):
 
 
 def test_a_pool_knows_its_records_and_takes_others():
-  *_, pool, _ = scored("joint")
+  *_, pool = opened_pool("joint")
   assert len(set(pool.record_ids)) == len(pool) == 20
   assert set(pool.groups["modality"]) <= {"image+audio", "image+audio+text"}
   labels = pool.rows["label"]

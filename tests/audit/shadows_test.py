@@ -108,6 +108,14 @@ def test_a_design_follows_from_its_seed_and_pairs_do_not_move():
   )
 
 
+def test_everyone_is_trained_on_the_whole_pool():
+  design = shadows.everyone(num_models=3, num_records=9)
+  assert design.membership.shape == (3, 9)
+  assert design.membership.all()
+  assert design.num_members == 9
+  assert (design.partner == -1).all()
+
+
 def test_a_design_that_cannot_be_is_refused():
   with pytest.raises(ValueError, match="even number of models"):
     shadows.paired(num_models=3, num_records=9, seed=0)
@@ -167,8 +175,15 @@ def test_a_cut_that_members_and_others_share_is_refused():
 # A killed audit goes on.
 
 
+def plain_experiment(**changes) -> config_lib.ExperimentConfig:
+  """Without privacy and noise: what is quickest to compile."""
+  config = experiment(num_steps=2, enabled=False, **changes)
+  config.attention_noise = config_lib.AttentionNoiseConfig()
+  return config
+
+
 def train(folder, **options) -> shadows.Shadows:
-  config = experiment(num_steps=2)
+  config = plain_experiment()
   return shadows.train(
     config,
     the_pool(),
@@ -209,13 +224,12 @@ def test_a_killed_audit_goes_on_with_the_next_group(tmp_path):
   for name in (
     "nonprivate/loss/total",
     "nonprivate/loss/task",
-    "nonprivate/clipped_fraction",
-    "nonprivate/grad_norm/p50",
-    "epsilon",
+    "nonprivate/batch_size",
+    "learning_rate",
   ):
     assert second.metrics[name].shape == (2, 2)
     assert np.isfinite(second.metrics[name]).all()
-  assert (np.diff(second.metrics["epsilon"], axis=1) > 0).all()
+  assert np.isinf(second.metrics["epsilon"]).all()
   for leaf, shape in zip(
     jax.tree.leaves(second.params),
     jax.tree.leaves(found.program.abstract_state.params),
@@ -224,9 +238,9 @@ def test_a_killed_audit_goes_on_with_the_next_group(tmp_path):
     assert leaf.shape == (2, *shape.shape)
   with pytest.raises(ValueError, match="seed"):
     shadows.train(
-      experiment(num_steps=2, seed=5),
+      plain_experiment(seed=5),
       the_pool(),
-      design=design_of(experiment(seed=5)),
+      design=design_of(plain_experiment(seed=5)),
       folder=tmp_path,
       placeholder_ids=placeholder_ids(),
       log=io.StringIO(),
@@ -336,6 +350,9 @@ def check_against_alone(**options):
     assert_close(own, alone)
     counted = group.metrics["nonprivate/batch_size"][model].sum()
     assert counted == num_rows
+  for name in ("nonprivate/clipped_fraction", "nonprivate/grad_norm/p50"):
+    assert np.isfinite(group.metrics[name]).all()
+  assert (np.diff(group.metrics["epsilon"], axis=1) > 0).all()
   first, second = (
     jax.tree.leaves(jax.tree.map(lambda x, m=m: x[m], group.params))
     for m in (0, 1)
@@ -346,7 +363,8 @@ def check_against_alone(**options):
 
 
 def test_one_of_many_models_is_the_one_trained_alone():
-  check_against_alone(num_models=4, num_devices=2, width=2)
+  """Eight models over four devices, two of them at once on each."""
+  check_against_alone(num_models=8, num_devices=4, width=2)
 
 
 @pytest.mark.slow
@@ -374,11 +392,12 @@ def test_with_a_clip_norm_that_follows_a_quantile_and_with_banded_noise():
   )
 
 
+@pytest.mark.slow
 def test_the_devices_make_no_difference():
   many = trained_beside(num_models=8, num_devices=8, width=1)[-1]
   few = trained_beside(num_models=4, num_devices=2, width=2)[-1]
   own = jax.tree.map(lambda leaf: leaf[:4], many.params)
-  assert_close(own, few.params, atol=1e-6)
+  assert_close(own, few.params)  # Sums of two widths round differently.
 
 
 def test_the_noise_is_bit_for_bit_that_of_one_model():

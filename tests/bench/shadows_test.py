@@ -1,0 +1,58 @@
+"""What a shadow model costs: how a part of the steps stands for all of them."""
+
+import pytest
+
+from ppnet import config as config_lib
+from ppnet.bench import shadows
+
+
+def test_the_steps_that_were_not_measured_last_as_long_as_the_others():
+  found = shadows._extrapolated(
+    # Of three calls of a step each; the first one compiles.
+    [(50.0, 90.0), (54.0, 97.0), (58.0, 104.0)],
+    {"secs": 60.0, "cpu_secs": 110.0, "memory_mib": 1.0},
+    num_models=8,
+    num_steps=10,
+  )
+  assert found == {
+    "secs": (60 + 7 * 4) / 8,
+    "cpu_secs": (110 + 7 * 7) / 8,
+    "steps_secs": 10 * 4 / 8,
+    "steps_cpu_secs": 10 * 7 / 8,
+  }
+  # Fails if: what was measured is counted again, or the first call, which
+  # compiled, is taken for a step.
+
+
+def test_rows_compare_processes_and_steps_alone():
+  config = config_lib.ExperimentConfig(
+    audit=config_lib.AuditConfig(num_models=4, models_at_once=4)
+  )
+  own = {"secs": 40.0, "cpu_secs": 60.0, "steps_secs": 20.0}
+  beside = {
+    "secs": 8.0,
+    "cpu_secs": 18.0,
+    "steps_secs": 6.0,
+    "steps_cpu_secs": 11.0,
+  }
+  memory = {"memory_mib": 500.0}
+  rows = shadows._rows(
+    config,
+    {
+      shadows._ALONE: [own | memory, own | memory],
+      shadows._BESIDE: [beside | memory, beside | memory],
+    },
+  )
+  assert [row["time_ratio"] for row in rows] == [
+    1.0,
+    pytest.approx(0.2),
+    1.0,
+    pytest.approx(0.3),
+  ]
+  assert rows[1]["cpu_time_ratio"] == pytest.approx(0.3)
+  assert [row["meets_time"] for row in rows] == [None, True, None, False]
+  assert "3 of" in rows[1]["note"]
+  text = shadows.table({"rows": rows})
+  assert "0.200" in text
+  assert "0.300" in text
+  assert text.count("4 models in one process") == 2
