@@ -154,7 +154,6 @@ def build(
       parameter would be trained, or the decoder's weights are another model's.
   """
   mesh = _mesh(config, devices)
-  on_mesh = functools.partial(mesh_lib.within, mesh)
   rules = rules_lib.Rules()
   model = _model(config.model, placeholder_ids)
   tx = optimizer.build(config.optimizer, config.train.num_steps)
@@ -175,10 +174,6 @@ def build(
   )
   abstract_state = initial.abstract(
     jax.eval_shape(init_fn, root_key), shardings
-  )
-  replicated = rules_lib.replicated(mesh)
-  sum_sharding = step_lib.GradSum(
-    total=shardings.params, num_units=replicated, count=replicated
   )
   noise_shardings = initial.noise_shardings(
     mechanism, abstract_state.params, shardings.params, mesh=mesh
@@ -228,18 +223,8 @@ def build(
     abstract_frozen=abstract_frozen,
     root_key=root_key,
     init=jax.jit(functools.partial(init_fn, root_key), out_shardings=shardings),
-    init_grad_sum=jax.jit(step_lib.init_grad_sum, out_shardings=sum_sharding),
-    accumulate=jax.jit(
-      on_mesh(pure.accumulate),
-      donate_argnames="grad_sum",
-      out_shardings=(sum_sharding, _fetched(mesh)),
-    ),
+    **_step_programs(pure, mesh, shardings, noise_shardings),
     **_noise_programs(mechanism, noise_shardings),
-    update=jax.jit(
-      pure.update,
-      donate_argnames=("state", "noise_state"),
-      out_shardings=(shardings, noise_shardings, replicated),
-    ),
     **_fetching_programs(pure, mesh),
     host=_host(mesh, rules) if is_at_hand else pipeline.Host(),
     frozen=lambda: {},
@@ -305,6 +290,34 @@ def _update(
 def _fetched(mesh: Mesh) -> NamedSharding | None:
   """Where rows are that will be fetched: whole on every process."""
   return rules_lib.replicated(mesh) if jax.process_count() > 1 else None
+
+
+def _step_programs(
+  pure: Pure,
+  mesh: Mesh,
+  shardings: state_lib.TrainState,
+  noise_shardings: Any,
+) -> dict[str, Any]:
+  """What a step is made of."""
+  replicated = rules_lib.replicated(mesh)
+  sum_sharding = step_lib.GradSum(
+    total=shardings.params, num_units=replicated, count=replicated
+  )
+  return {
+    "init_grad_sum": jax.jit(
+      step_lib.init_grad_sum, out_shardings=sum_sharding
+    ),
+    "accumulate": jax.jit(
+      mesh_lib.within(mesh, pure.accumulate),
+      donate_argnames="grad_sum",
+      out_shardings=(sum_sharding, _fetched(mesh)),
+    ),
+    "update": jax.jit(
+      pure.update,
+      donate_argnames=("state", "noise_state"),
+      out_shardings=(shardings, noise_shardings, replicated),
+    ),
+  }
 
 
 def _fetching_programs(pure: Pure, mesh: Mesh) -> dict[str, Any]:
