@@ -12,7 +12,14 @@ import pytest
 
 from ppnet.core import records
 from ppnet.data import prepare
-from ppnet.train import checkpoint, goodput, loop, metrics, watching
+from ppnet.train import (
+  checkpoint,
+  goodput,
+  loop,
+  metrics,
+  throughput,
+  watching,
+)
 from tests import tiny
 
 LIMIT_SECS = 0.3
@@ -42,7 +49,7 @@ def test_a_step_s_time_is_its_own(tmp_path, monkeypatch):
   clock = Clock(monkeypatch)
   program = types.SimpleNamespace(
     mesh=jax.make_mesh((1,), ("data",), devices=jax.devices()[:1]),
-    mechanism=types.SimpleNamespace(expected_batch_size=6.0, rows_per_unit=2),
+    mechanism=types.SimpleNamespace(expected_batch_size=5.0, rows_per_unit=2),
     abstract_state=types.SimpleNamespace(params={}),
     abstract_frozen={},
   )
@@ -79,8 +86,11 @@ def test_a_step_s_time_is_its_own(tmp_path, monkeypatch):
   assert second["step_secs"] == pytest.approx(0.5 + 1 + 0.1 + 2)
   assert third["step_secs"] == pytest.approx(0.5 + 0.25 + 0.1 + 2)
   assert [one["data_wait_secs"] for one in seen] == [0, 1, 0.25]
-  assert third["examples_per_sec"] == pytest.approx(6 / 2.85)
-  assert third["tokens_per_sec"] == pytest.approx(6 * 2 * 8 / 2.85)
+  for one in (second, third):
+    # The expected batch's, and neither this draw's nor all draws' so far.
+    assert one["examples_per_sec"] * one["step_secs"] == pytest.approx(5)
+    tokens = one["tokens_per_sec"] * one["step_secs"]
+    assert tokens == pytest.approx(5 * 2 * 8)
   assert third["goodput"] == pytest.approx((2 + 2.1 + 2.1) / 23.95)
   secs = records.read_json(tmp_path / "machine.json")["nonprivate/secs"]
   assert secs["start"] == 3
@@ -226,19 +236,6 @@ def test_a_trace_has_its_steps_and_is_where_tensorboard_looks(plain):
   assert num_events > 100
   assert {int(step) for step in steps} == {3, 4}
   assert f"tensorboard --logdir={workdir / 'tensorboard'}" in log
-
-
-def test_an_mfu_where_a_peak_is_known(prepared, tmp_path, monkeypatch):
-  monkeypatch.setitem(watching.throughput._PEAK_FLOPS_PER_SEC, "cpu", 1e12)
-  log = io.StringIO()
-  summary, _ = loop.train(open_run(tmp_path, prepared), log=log)
-  name = watching.PREFIX + "mfu"
-  values = [row[name] for row in metrics_rows(tmp_path)]
-  assert values[0] is None
-  assert 0 < values[-1] < 1
-  assert 0 < summary[name] < 1
-  assert summary["no_mfu_because"] is None
-  assert "MFU" in log.getvalue()
 
 
 def sleep_until(log, what):
@@ -392,9 +389,12 @@ def test_a_restart_goes_on_with_the_account_of_time(
   assert first["nonprivate/secs"]["repeated"] == 0
   time.sleep(0.3)
   restarted = time.time()
-  # The checkpoint is at step 2: step 3 is taken again.
+  # On a machine whose peak is known. The checkpoint is at step 2: step 3 is
+  # taken again.
+  monkeypatch.setitem(throughput._PEAK_FLOPS_PER_SEC, "cpu", 1e12)
+  log = io.StringIO()
   summary, _ = loop.train(
-    open_run(tmp_path, prepared), log=io.StringIO(), began=restarted
+    open_run(tmp_path, prepared), log=log, began=restarted
   )
   second = records.read_json(tmp_path / "machine.json")
   assert second["num_starts"] == 2
@@ -409,4 +409,11 @@ def test_a_restart_goes_on_with_the_account_of_time(
   assert summary[watching.PREFIX + "goodput"] == pytest.approx(
     secs["step"] / wall, rel=0.2
   )
+  name = watching.PREFIX + "mfu"
+  values = [row.get(name) for row in metrics_rows(tmp_path)]
+  assert values[:3] == [None] * 3
+  assert 0 < values[-1] < 1
+  assert 0 < summary[name] < 1
+  assert summary["no_mfu_because"] is second["no_mfu_because"] is None
+  assert "MFU" in log.getvalue()
   # Fails if: goodput begins anew with a process, or steps count twice.
