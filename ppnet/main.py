@@ -15,6 +15,7 @@ command is given again.
 
 import contextlib
 import dataclasses
+import os
 import pathlib
 import sys
 import traceback
@@ -542,6 +543,7 @@ def _main(argv: Sequence[str]) -> None:
       process_id=_PROCESS_ID.value,
     )
   config: Any = _CONFIG.value
+  _share_cores(config)
   arguments = config_args.Arguments.split(sys.argv)
   # A sweep's folder holds folders of runs: not one that is a run itself.
   name = config.name if _SWEEP.value is None else f"{config.name}-sweep"
@@ -571,6 +573,27 @@ def _main(argv: Sequence[str]) -> None:
     sys.exit(f"error: {error}")
   except KeyboardInterrupt:
     sys.exit("interrupted; the same command goes on from the last checkpoint")
+
+
+def _share_cores(config: config_lib.ExperimentConfig) -> None:
+  """Makes each core a device where shadow models are to be trained on a CPU.
+
+  They are trained side by side, one on each device. As many devices as share a
+  microbatch evenly; none where somebody chose a mesh or their number.
+  """
+  chosen = config.mesh.data != -1 or any(
+    name in os.environ.get(variable, "")
+    for variable, name in (
+      ("JAX_NUM_CPU_DEVICES", ""),
+      ("XLA_FLAGS", "xla_force_host_platform_device_count"),
+    )
+    if variable in os.environ
+  )
+  if config.job is not config_lib.Job.AUDIT or chosen or _SWEEP.value:
+    return
+  cores, rows = os.cpu_count() or 1, config.perf.microbatch_size
+  ways = [n for n in range(1, cores + 1) if rows % n == 0]
+  jax.config.update("jax_num_cpu_devices", max(ways, default=1))
 
 
 def _sweep(

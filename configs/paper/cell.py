@@ -174,9 +174,9 @@ def get_config(
     attention_noise=_attention_noise(chosen),
     privacy=_privacy(chosen),
     optimizer=config.OptimizerConfig(learning_rate=5e-3),
-    train=config.TrainConfig(num_steps=200, expected_batch_size=256),
-    audit=config.AuditConfig(num_models=6, num_records=4000, robustness=True),
-    perf=config.PerfConfig(microbatch_size=64),
+    train=config.TrainConfig(num_steps=300, expected_batch_size=128),
+    audit=config.AuditConfig(num_models=6, num_records=2000, robustness=True),
+    perf=config.PerfConfig(microbatch_size=32),
   )
   return experiment if size == "cpu" else _full(experiment)
 
