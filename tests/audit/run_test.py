@@ -46,6 +46,8 @@ def stand_in(monkeypatch, *, epsilon, shift, noise=1.0, has_target=False):
         "seeded": False,
       },
       secrets={},
+      utility=[{"accuracy": 0.5}],
+      robustness=None,
     )
 
   def gradient_trials(experiment):
@@ -96,6 +98,8 @@ def test_an_audit_leaves_its_record_report_figure_and_summary(
   assert summary["epsilon_lower_bound"] == max(
     row["epsilon"] for row in record["bounds"]
   )
+  assert record["utility"] == [{"accuracy": 0.5}]
+  assert record["robustness"] is None  # It was not asked for.
   # All bounds share the risk: five of them here.
   assert len(record["bounds"]) == 5
   assert {row["confidence"] for row in record["bounds"]} == {0.99}
