@@ -26,5 +26,5 @@ def get_config(size: str = "cpu") -> config.ExperimentConfig:
       baseline="non_private",
       size=size,
     ),
-    audit=config.AuditConfig(num_models=8),
+    audit=config.AuditConfig(num_models=6),
   )
