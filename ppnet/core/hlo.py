@@ -402,8 +402,8 @@ class _Reader:
       0 if operand is None else operand.num_bytes for operand in operands
     ]
     if each.opcode in ("copy-start", "slice-start"):
-      # Results name the source again, and a flag.
-      return sum(sizes[:1]) + each.num_bytes - sum(sizes[:1])
+      # Results name the source again, and a flag: what is read, and written.
+      return each.num_bytes
     if each.opcode in ("dynamic-slice", "gather", "slice"):
       return 2 * each.num_bytes
     if each.opcode == "dynamic-update-slice":
