@@ -62,6 +62,7 @@ def prompts(memorised):
   return [[1, *encode("au and")], [1, *encode("b")]]
 
 
+@pytest.mark.slow
 def test_a_beam_of_one_is_greedy(memorised, prompts):
   model = memorised.experiment.program.model
   beams = extraction.beam_completions(

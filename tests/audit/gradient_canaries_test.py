@@ -299,6 +299,7 @@ def test_the_correct_mechanism_does_not_exceed_its_claim():
   assert found.sampling_prob == pytest.approx(0.1)
 
 
+@pytest.mark.slow
 def test_the_configured_training_is_audited_as_it_is(tmp_path):
   experiment = memorising.text_experiment(tmp_path)
   num_train = len(experiment.training)
