@@ -75,7 +75,8 @@ def test_a_two_layer_model_compiles_for_four_chips(tmp_path, attention):
   )
   assert done.returncode == 0, done.stderr[-2000:]
   assert found["fits"]
-  assert found["mesh"] == {"data": 1, "fsdp": 2, "tensor": 2}
+  split = {axis: size for axis, size in found["mesh"].items() if size > 1}
+  assert split == {"fsdp": 2, "tensor": 2}
   assert found["num_devices"] == 4
   assert found["device_kind"] == "TPU v5 lite"
   accumulate, update, *others = found["programs"]
