@@ -98,8 +98,11 @@ def test_a_two_layer_model_compiles_for_four_chips(tmp_path, attention):
   check_estimate(found, accumulate)
   if attention == "tpu":
     (weights,) = others
-    sent = {each["kind"] for each in weights["least"]["sent_bytes"]}
-    assert sent == {"all-gather"}
+    sent = {
+      each["kind"]: each["bytes"] for each in weights["least"]["sent_bytes"]
+    }
+    # XLA brings a vector of a few numbers together by a sum.
+    assert sent.pop("all-gather") > 100 * sum(sent.values())
     assert set(accumulate["least"]["kernels"]) >= {"noisy_attention_forward"}
     assert accumulate["least"]["kernel_secs"] > 0
     assert "recommended" not in found
