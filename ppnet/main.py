@@ -581,13 +581,10 @@ def _share_cores(config: config_lib.ExperimentConfig) -> None:
   They are trained side by side, one on each device. As many devices as share a
   microbatch evenly; none where somebody chose a mesh or their number.
   """
-  chosen = config.mesh.data != -1 or any(
-    name in os.environ.get(variable, "")
-    for variable, name in (
-      ("JAX_NUM_CPU_DEVICES", ""),
-      ("XLA_FLAGS", "xla_force_host_platform_device_count"),
-    )
-    if variable in os.environ
+  chosen = (
+    config.mesh.data != -1
+    or "JAX_NUM_CPU_DEVICES" in os.environ
+    or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
   )
   if config.job is not config_lib.Job.AUDIT or chosen or _SWEEP.value:
     return

@@ -27,6 +27,13 @@ ORANGE = "#D55E00"
 _GREEN = "#009E73"
 _SKY = "#56B4E9"
 _GREY = "#666666"
+# Colour, line and marker of several models in one panel.
+STYLES = (
+  (BLACK, "-", "o"),
+  (BLUE, "--", "s"),
+  (ORANGE, "-.", "^"),
+  (_GREEN, ":", "D"),
+)
 
 _LOSS = "nonprivate/loss/"
 _QUANTILE = "nonprivate/grad_norm/"

@@ -13,12 +13,6 @@ from matplotlib import axes, figure
 
 from ppnet.report import comparison, figures, results, saving
 
-_STYLES = (
-  (figures.BLACK, "-", "o"),
-  (figures.BLUE, "--", "s"),
-  (figures.ORANGE, "-.", "^"),
-  ("#009E73", ":", "D"),
-)
 _PANELS = (
   ("input_noise", "noise on the input"),
   ("attention_noise", "attention noise at test time"),
@@ -86,7 +80,9 @@ def _panel(
   ax.set_ylim(0, 1.02)
   ax.grid(axis="y", linewidth=0.4, alpha=0.5)
   for number, row in enumerate(curves):
-    color, line, marker = _STYLES[list(rows).index(row) % len(_STYLES)]
+    color, line, marker = figures.STYLES[
+      list(rows).index(row) % len(figures.STYLES)
+    ]
     levels = curves[row]["levels"]
     means, halves = zip(
       *(comparison.interval(values) for values in curves[row]["accuracy"]),

@@ -15,12 +15,6 @@ from matplotlib import axes, figure
 
 from ppnet.report import figures, saving
 
-_STYLES = (
-  (figures.BLACK, "-", "o"),
-  (figures.BLUE, "--", "s"),
-  (figures.ORANGE, "-.", "^"),
-  ("#009E73", ":", "D"),
-)
 _NOTE = (
   "† Exact diagnostics computed from private training data: no guarantee covers"
   " these curves."
@@ -133,7 +127,7 @@ def _line(
   if found is None:
     return False
   epochs, values = found
-  color, line, marker = _STYLES[number % len(_STYLES)]
+  color, line, marker = figures.STYLES[number % len(figures.STYLES)]
   ax.plot(
     epochs,
     values,
