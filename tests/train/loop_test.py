@@ -3,7 +3,6 @@
 import dataclasses
 import io
 import json
-import random
 import shutil
 
 import jax
@@ -383,23 +382,25 @@ def test_skipped_images_are_counted_and_reported(tmp_path):
   assert max(sizes) <= 23
 
 
-def _flip_a_bit(workdir, step, rng):
-  """Changes one bit in the largest file of a checkpoint."""
-  files = [
-    path
-    for path in (workdir / "checkpoints" / str(step)).rglob("*")
-    if path.is_file()
-  ]
-  path = max(files, key=lambda path: path.stat().st_size)
-  content = bytearray(path.read_bytes())
-  content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-  path.write_bytes(content)
+def _flip_bits(workdir, step):
+  """Changes a bit in every kilobyte of a checkpoint's numbers.
+
+  One bit alone may lie where nothing is read: of 200 bits of one checkpoint's
+  largest file 66 changed no number.
+  """
+  for path in (workdir / "checkpoints" / str(step) / "state").rglob("d/*"):
+    content = bytearray(path.read_bytes())
+    for place in range(len(content) // 2 % 1024, len(content), 1024):
+      content[place] ^= 4
+    path.write_bytes(content)
 
 
+# Orbax's other reads end after its event loop, which Python reports.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(
   "damage",
   [
-    "bit",
+    "bits",
     pytest.param("cut", marks=pytest.mark.slow),
     pytest.param("gone", marks=pytest.mark.slow),
   ],
@@ -410,8 +411,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
   interrupted_at(tmp_path, prepared, monkeypatch, dispatch=5)
   folder = tmp_path / "checkpoints"
   assert sorted(path.name for path in folder.iterdir()) == ["2", "4"]
-  if damage == "bit":
-    _flip_a_bit(tmp_path, 4, random.Random(0))
+  if damage == "bits":
+    _flip_bits(tmp_path, 4)
   elif damage == "cut":
     for path in (folder / "4" / "state").rglob("*"):
       if path.is_file():
