@@ -23,7 +23,7 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import grain
 import numpy as np
@@ -43,6 +43,8 @@ from ppnet.data import (
 )
 from ppnet.data import examples as examples_lib
 from ppnet.data import layout as layout_lib
+
+T = TypeVar("T")
 
 
 def open_source(
@@ -231,19 +233,22 @@ class Host:
   Hosts that split a network between them read the same part.
 
   Attributes:
-    first: of this host's parts, from 0.
-    parts: how many of them, side by side.
+    own: this host's parts, from 0, in ascending order; not always side by
+      side, since the order of rows follows the links of a pod.
     of: equal parts that a batch has.
   """
 
-  first: int = 0
-  parts: int = 1
+  own: tuple[int, ...] = (0,)
   of: int = 1
 
-  def rows(self, batch: Sequence[Any]) -> Sequence[Any]:
+  def rows(self, batch: Sequence[T]) -> list[T]:
     """This host's rows of a batch that all hosts know."""
     share = len(batch) // self.of
-    return batch[self.first * share : (self.first + self.parts) * share]
+    return [
+      row
+      for part in self.own
+      for row in batch[part * share : (part + 1) * share]
+    ]
 
 
 def train_steps(

@@ -25,9 +25,6 @@ def build(
 ) -> Mesh:
   """Arranges devices as config says; one axis may be -1.
 
-  Devices of several slices are put in order: a slice of the mesh is a slice of
-  the machines. Others stay in the order in which they come.
-
   Args:
     config: devices per axis.
     devices: all of this job's devices when None.
@@ -37,13 +34,10 @@ def build(
       devices are of another number of slices.
   """
   devices = jax.devices() if devices is None else devices
-  shape = sizes(config, len(devices))
-  if num_slices(devices) > 1:
-    arranged = by_slice(shape, devices)
-  else:
-    arranged = np.asarray(devices).reshape(shape)
   return Mesh(
-    arranged, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES)
+    arranged(sizes(config, len(devices)), devices),
+    AXES,
+    axis_types=(jax.sharding.AxisType.Auto,) * len(AXES),
   )
 
 
@@ -52,17 +46,29 @@ def num_slices(devices: list[jax.Device]) -> int:
   return len({getattr(device, "slice_index", 0) for device in devices})
 
 
-def by_slice(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
-  """Devices of several slices, each as its links are laid out.
+def arranged(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
+  """Devices in the form of a mesh.
+
+  | devices | order |
+  | --- | --- |
+  | TPUs of one slice | neighbours in the mesh are near each other in the pod |
+  | of several slices | a slice of the mesh is a slice of the machines |
+  | others | that in which they come |
 
   Args:
     shape: devices per axis of `AXES`.
     devices: of one job.
 
   Raises:
-    ValueError: the axis `slice` is not their number.
+    ValueError: the axis `slice` is not the number of slices.
   """
   slices = num_slices(devices)
+  if slices == 1 and devices[0].platform == "tpu":
+    return mesh_utils.create_device_mesh(
+      shape, devices, allow_split_physical_axes=True
+    )
+  if slices == 1:
+    return np.asarray(devices).reshape(shape)
   if shape[0] != slices:
     checks.fail(
       f"mesh.slice to be the {slices} slices that the devices are of",

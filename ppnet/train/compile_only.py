@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import jax.extend.core as jex_core
 import numpy as np
-from jax.experimental import mesh_utils, topologies
+from jax.experimental import topologies
 
 from ppnet import config as config_lib
 from ppnet.core import checks, hlo, prng
@@ -314,14 +314,6 @@ def _program(
   num_examples = config.account.num_examples
   if num_examples is None:
     num_examples = 100 * config.train.expected_batch_size
-  # As near to each other in the pod as in the mesh.
-  shape = mesh_lib.sizes(config.mesh, len(devices))
-  if mesh_lib.num_slices(devices) > 1:
-    arranged = mesh_lib.by_slice(shape, devices)
-  else:
-    arranged = mesh_utils.create_device_mesh(
-      shape, devices=devices, allow_split_physical_axes=True
-    )
   return program_lib.build(
     config,
     mechanism_lib.build(config, num_examples),
@@ -329,7 +321,7 @@ def _program(
     placeholder_ids={
       name: number for number, name in enumerate(config_lib.MODALITIES)
     },
-    devices=list(arranged.flat),
+    devices=devices,
     is_at_hand=False,
   )
 

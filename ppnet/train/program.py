@@ -139,7 +139,10 @@ class Program:
           name: jax.make_array_from_process_local_data(
             shardings[name],
             value,
-            (len(value) * self.host.of // self.host.parts, *value.shape[1:]),
+            (
+              len(value) * self.host.of // len(self.host.own),
+              *value.shape[1:],
+            ),
           )
           for name, value in batch.items()
         }
@@ -333,14 +336,7 @@ def _host(mesh: Mesh, rules: rules_lib.Rules) -> pipeline.Host:
   indices = rules.batch_sharding(mesh).addressable_devices_indices_map((parts,))
   slices = [index[0] for index in indices.values() if index is not None]
   own = sorted({rows.indices(parts)[0] for rows in slices})
-  if own != list(range(own[0], own[0] + len(own))):
-    checks.fail(
-      "a mesh that gives each process rows side by side",
-      "Let the axes of the batch be whole machines, and the others within one.",
-      rows=own,
-      of=parts,
-    )
-  return pipeline.Host(first=own[0], parts=len(own), of=parts)
+  return pipeline.Host(own=tuple(own), of=parts)
 
 
 def _fetched(mesh: Mesh) -> NamedSharding | None:

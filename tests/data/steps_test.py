@@ -352,7 +352,7 @@ def test_hosts_read_their_rows_and_all_rows_together(count):
         tiny_examples.examples(23),
         _poisson,
         num_steps=12,
-        host=pipeline.Host(first=i, of=count),
+        host=pipeline.Host(own=(i,), of=count),
       )
     )
     for i in range(count)
@@ -372,7 +372,7 @@ def test_hosts_read_their_rows_and_all_rows_together(count):
       pipeline.eval_batches(
         tiny_examples.examples(23),
         batch_size=4,
-        host=pipeline.Host(first=i, of=count),
+        host=pipeline.Host(own=(i,), of=count),
       )
     )
     for i in range(count)
@@ -404,7 +404,7 @@ def test_a_host_decodes_nothing_of_another_one():
       dataset,
       lambda step: np.arange(8),
       num_steps=1,
-      host=pipeline.Host(first=1, of=2),
+      host=pipeline.Host(own=(1,), of=2),
     )
   )
   assert sorted(source.read) == [2, 3, 6, 7]

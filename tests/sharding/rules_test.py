@@ -5,6 +5,7 @@ import types
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
@@ -139,7 +140,7 @@ def chips(num_slices, shape=(2, 2)):
   """What a device of several TPU slices says of itself."""
   return [
     types.SimpleNamespace(
-      id=i * 4 + x * 2 + y,
+      id=(i * shape[0] + x) * shape[1] + y,
       slice_index=i,
       process_index=i,
       coords=(x, y, 0),
@@ -154,11 +155,22 @@ def chips(num_slices, shape=(2, 2)):
 
 
 def test_a_slice_of_the_mesh_is_a_slice_of_the_machines():
-  arranged = mesh_lib.by_slice((2, 1, 2, 1, 2), chips(2))
+  arranged = mesh_lib.arranged((2, 1, 2, 1, 2), chips(2))
   assert arranged.shape == (2, 1, 2, 1, 2)
   for number, part in enumerate(arranged):
     assert {device.slice_index for device in part.flat} == {number}
     assert len({device.id for device in part.flat}) == 4
   with pytest.raises(ValueError, match=r"to be the 2 slices.*mesh\.slice=1"):
-    mesh_lib.by_slice((1, 2, 2, 1, 2), chips(2))
+    mesh_lib.arranged((1, 2, 2, 1, 2), chips(2))
   # Fails if: parameters are gathered between slices, over the slow network.
+
+
+def test_neighbours_in_the_mesh_are_neighbours_in_the_pod():
+  host = lambda chip: (chip.coords[0] // 2, chip.coords[1] // 2)
+  devices = sorted(chips(1, (8, 8)), key=host)
+  arranged = mesh_lib.arranged((1, 1, 8, 1, 8), devices)
+  places = np.array([each.coords for each in arranged.flat]).reshape(8, 8, 3)
+  for axis in (0, 1):
+    steps = np.abs(np.diff(places, axis=axis)).sum(axis=-1)
+    assert (steps == 1).all()
+  # Fails if: devices stay in the order of their hosts, 2 x 2 at a time.
