@@ -7,6 +7,7 @@ cell's folder gets it anew.
 """
 
 import dataclasses
+import os
 import pathlib
 import subprocess
 
@@ -32,12 +33,14 @@ class Cell:
 
   Attributes:
     task: what is learnt.
-    row: by which model, under which mechanisms.
+    row: by which model, under which mechanisms; as the table prints it.
+    name: the same as the cells' config file knows it.
     folder: its workdir.
   """
 
   task: str
   row: str
+  name: str
   folder: pathlib.Path
 
 
@@ -53,11 +56,22 @@ def cells(
   config: config_lib.ExperimentConfig, workdir: pathlib.Path
 ) -> list[Cell]:
   """The cells of a table, task by task."""
+  # A folder that holds a run is audited as that run, not by models of its own:
+  # tables of either kind may share a `cells_dir`, but no folder.
+  is_results = config.table.subject is config_lib.TableSubject.RESULTS
+  root = cells_dir(config, workdir) / ("cells" if is_results else "runs")
   return [
-    Cell(task=task, row=row, folder=workdir / "cells" / task / row)
+    Cell(task=task, row=row, name=name, folder=root / task / name)
     for task in table_config.names(config.table.tasks)
-    for row in table_config.names(config.table.rows)
+    for row, name in table_config.labels(config.table.rows).items()
   ]
+
+
+def cells_dir(
+  config: config_lib.ExperimentConfig, workdir: pathlib.Path
+) -> pathlib.Path:
+  """Where cells, prepared data and compiled programs are."""
+  return pathlib.Path(config.table.cells_dir or workdir)
 
 
 def command(
@@ -72,12 +86,13 @@ def command(
   is_results = table.subject is config_lib.TableSubject.RESULTS
   flags = [
     f"--config={table.cell_config}:"
-    + ",".join((cell.task, cell.row, table.size, config.data.path)),
+    + ",".join((cell.task, cell.name, table.size, config.data.path)),
     f"--config.job={'AUDIT' if is_results else 'TRAIN'}",
     f"--config.seed={config.seed}",
     f"--config.audit.num_models={audit.num_models}",
     f"--config.audit.models_at_once={audit.models_at_once}",
-    f"--config.data.prepared_dir={workdir / 'prepared' / cell.task}",
+    f"--config.data.prepared_dir="
+    f"{cells_dir(config, workdir) / 'prepared' / cell.task}",
     f"--workdir={cell.folder}",
   ]
   return sweep.main_command(flags)
@@ -92,9 +107,18 @@ def table(config: config_lib.ExperimentConfig, workdir: pathlib.Path) -> str:
   | | where there is a knob, `figures/robustness` where it was measured |
   | TRAINING | `figures/losses`, `figures/indicators` |
 
+  The cells' own records are in `table.cells_dir`, or else in the workdir:
+
+  | folder | holds |
+  | --- | --- |
+  | `cells/TASK/ROW` | an audit; of a RESULTS table |
+  | `runs/TASK/ROW` | a training run; of a TRAINING table |
+  | `prepared/TASK` | records as all rows of a task read them |
+  | `compiled` | programs, so that a process need not compile another's |
+
   Args:
     config: with a RESULTS or a TRAINING table.
-    workdir: of the table; holds `cells/TASK/ROW/` and `prepared/TASK/`.
+    workdir: of the table.
 
   Returns:
     The table in Markdown, or for TRAINING the runs' final numbers.
@@ -164,7 +188,7 @@ def collect(
     [cell for cell in found if cell is not None],
     title=options.title or config.name,
     tasks=table_config.names(options.tasks),
-    rows=table_config.names(options.rows),
+    rows=list(table_config.labels(options.rows)),
     baseline=options.baseline,
   )
 
@@ -179,7 +203,23 @@ def _run_missing(
   todo = [cell for cell in cells(config, workdir) if not is_done(config, cell)]
   for number, cell in enumerate(todo, start=1):
     print(f"[{number}/{len(todo)}] {cell.task}, {cell.row}", flush=True)
-    subprocess.run(command(config, workdir, cell), check=False)
+    subprocess.run(
+      command(config, workdir, cell),
+      check=False,
+      env=environment(cells_dir(config, workdir)),
+    )
+
+
+def environment(folder: pathlib.Path) -> dict[str, str]:
+  """The cells' environment: they share what they compiled.
+
+  Most rows of a task run the same programs, and a short cell spends half of its
+  time on compiling. Whatever somebody set stays.
+  """
+  return {
+    "JAX_COMPILATION_CACHE_DIR": str(folder.resolve() / "compiled"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+  } | os.environ
 
 
 def _draw_tradeoff(

@@ -29,11 +29,15 @@ class TableConfig:
       "TASK,ROW,SIZE"; every cell can be run by itself.
     tasks: names with commas between them, known to `cell_config`.
     rows: likewise; several machines may share a table, each with some of them.
+      LABEL=ROW prints LABEL for the row that `cell_config` knows as ROW.
     baseline: the row that the others are tested against; empty tests nothing.
     size: "cpu" or "full", known to `cell_config`.
     knob: what rows differ in, for a figure of utility and leakage over it:
       "epsilon", or a field of the cells' configuration such as
       "attention_noise.stddev"; empty draws none.
+    cells_dir: where the cells' folders, their prepared data and what was
+      compiled for them are; empty means the table's workdir. Tables that share
+      one train a cell once for all of them.
   """
 
   subject: TableSubject = TableSubject.PIPELINES
@@ -44,6 +48,7 @@ class TableConfig:
   baseline: str = ""
   size: str = "cpu"
   knob: str = ""
+  cells_dir: str = ""
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -53,6 +58,19 @@ def names(text: str) -> tuple[str, ...]:
   ('fsdd', 'reviews')
   """
   return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def labels(rows: str) -> dict[str, str]:
+  """What a table prints for each row -> its name in `cell_config`.
+
+  >>> labels("plain, private=dp_8")
+  {'plain': 'plain', 'private': 'dp_8'}
+  """
+  pairs = (name.partition("=") for name in names(rows))
+  return {
+    label.strip(): (row if equals else label).strip()
+    for label, equals, row in pairs
+  }
 
 
 def validate(config: TableConfig) -> None:
@@ -66,9 +84,18 @@ def validate(config: TableConfig) -> None:
         "configs/paper/table2.py sets it.",
         **{f"table.{field}": getattr(config, field)},
       )
-  for field in ("tasks", "rows"):
-    found = names(getattr(config, field))
-    if len(set(found)) != len(found):
+  found = labels(config.rows)
+  if not all((*found, *found.values())):
+    checks.fail(
+      "each of table.rows to be ROW or LABEL=ROW", **{"table.rows": config.rows}
+    )
+  for field, unique in (
+    ("tasks", set(names(config.tasks))),
+    ("rows", found),
+    ("rows", set(found.values())),
+  ):
+    given = names(getattr(config, field))
+    if len(unique) != len(given):
       checks.fail(
-        f"each name in table.{field} once", **{f"table.{field}": found}
+        f"each name in table.{field} once", **{f"table.{field}": given}
       )

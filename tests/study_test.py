@@ -1,7 +1,9 @@
 """Tables of results: cells are run once, and holes end in an error."""
 
+import dataclasses
 import json
 import pathlib
+import runpy
 import subprocess
 import types
 
@@ -37,8 +39,8 @@ def started(monkeypatch):
   """What was started; each process writes its record but reviews, private."""
   commands = []
 
-  def fake(command, check):
-    del check
+  def fake(command, check, env):
+    del check, env
     commands.append(command)
     flags = dict(flag.lstrip("-").split("=", 1) for flag in command[3:])
     task, row, *_ = flags["config"].split(":")[1].split(",")
@@ -101,8 +103,8 @@ def test_a_cell_is_a_command_that_a_person_may_give(tmp_path):
 
 
 def test_a_table_of_training_trains_and_draws(monkeypatch, tmp_path):
-  def fake(command, check):
-    del check
+  def fake(command, check, env):
+    del check, env
     flags = dict(flag.lstrip("-").split("=", 1) for flag in command[3:])
     assert flags["config.job"] == "TRAIN"
     folder = pathlib.Path(flags["workdir"])
@@ -126,11 +128,113 @@ def test_a_table_of_training_trains_and_draws(monkeypatch, tmp_path):
     assert (tmp_path / "figures" / f"{name}.png").exists()
 
 
+def test_tables_share_a_folder_of_cells(started, tmp_path):
+  def table(name, rows):
+    config = experiment(
+      tasks="fsdd", rows=rows, cells_dir=str(tmp_path / "shared")
+    )
+    main.run_job(config, tmp_path / name)
+    return records.read_json(tmp_path / name / "table.json")["rows"]
+
+  table("one", "plain,no_noise")
+  assert len(started) == 2
+  (flag,) = (f for f in started[0] if "prepared_dir" in f)
+  assert flag.endswith(f"={tmp_path}/shared/prepared/fsdd")
+  rows = table("two", "plain, dp_8 = no_noise, dp_2")
+  assert len(started) == 3  # Only what the first table did not have.
+  assert [row["model"] for row in rows] == ["plain", "dp_8", "dp_2"]
+  assert not (tmp_path / "two" / "cells").exists()
+  assert "dp_8" in (tmp_path / "two" / "table.html").read_text()
+  # Fails if: the folder of a cell is the table's, or bears the label.
+
+
+def test_a_label_is_printed_and_the_row_is_run(tmp_path):
+  config = experiment(tasks="fsdd", rows="plain,noise_only=no_clipping")
+  cell = study.cells(config, tmp_path)[1]
+  assert (cell.row, cell.folder.name) == ("noise_only", "no_clipping")
+  command = study.command(config, tmp_path, cell)
+  assert "--config=cell.py:fsdd,no_clipping,cpu,/d" in command
+
+
+def test_an_audit_and_a_run_have_no_folder_in_common(tmp_path):
+  # In a finished run's folder AUDIT attacks that run.
+  folders = [
+    {cell.folder for cell in study.cells(experiment(subject=subject), tmp_path)}
+    for subject in (
+      config_lib.TableSubject.RESULTS,
+      config_lib.TableSubject.TRAINING,
+    )
+  ]
+  assert not folders[0] & folders[1]
+
+
+def test_cells_share_what_they_compiled_but_where_somebody_chose(
+  tmp_path, monkeypatch
+):
+  names = (
+    "JAX_COMPILATION_CACHE_DIR",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS",
+  )
+  for name in names:
+    monkeypatch.delenv(name, raising=False)
+  monkeypatch.setenv("OTHER", "kept")
+  found = study.environment(tmp_path)
+  assert [found[name] for name in names] == [f"{tmp_path}/compiled", "0.5"]
+  assert found["OTHER"] == "kept"
+  monkeypatch.setenv(names[0], "/mine")
+  found = study.environment(tmp_path)
+  assert [found[name] for name in names] == ["/mine", "0.5"]
+
+
+def load(name, argument):
+  path = pathlib.Path(__file__).parents[1] / "configs" / "paper" / f"{name}.py"
+  return runpy.run_path(str(path))["get_config"](argument)
+
+
+def test_the_papers_tables_share_their_cells(tmp_path):
+  def folders(name):
+    config = load(name, "cpu")
+    return {cell.folder for cell in study.cells(config, tmp_path)}
+
+  ablation = folders("table3")
+  only = {
+    name: sorted(folder.name for folder in folders(name) - ablation)
+    for name in ("table2", "leakage", "epsilon", "attention_noise")
+  }
+  assert only == {
+    "table2": ["llama"] * 4,
+    "leakage": ["dp_2", "dp_2"],
+    "epsilon": ["dp_0.5", "dp_1", "dp_2", "dp_4"],
+    "attention_noise": [
+      f"attention_noise_{stddev}" for stddev in ("0.25", "1", "2", "4")
+    ],
+  }
+
+
+@pytest.mark.parametrize(
+  ("label", "row"),
+  [
+    ("attention_noise_0.5", "no_dp_noise_no_clipping"),
+    ("clipping", "no_dp_noise_no_attention_noise"),
+    ("dp_8", "no_attention_noise"),
+  ],
+)
+def test_a_row_under_another_name_is_the_same_experiment(label, row):
+  made = [
+    dataclasses.replace(load("cell", f"fsdd,{name},cpu,/d"), name="")
+    for name in (label, row)
+  ]
+  assert made[0] == made[1]
+
+
 @pytest.mark.parametrize(
   ("field", "value", "says"),
   [
     ("rows", "", r"table\.rows"),
     ("tasks", "a,a", "once"),
+    ("rows", "a,a=b", "once"),
+    ("rows", "a=c,b=c", "once"),
+    ("rows", "a=", "LABEL=ROW"),
     ("cell_config", "", r"table\.cell_config"),
   ],
 )

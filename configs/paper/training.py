@@ -6,7 +6,8 @@
 Trains what is missing, once each, on all records of the two small tasks, and
 draws `figures/losses.png` and `figures/indicators.png`; run again, it only
 reads. The cells are those of configs/paper/cell.py, which says what the rows
-are, and where the data lie. With :full a pod trains Llama-7B.
+are, and where the data lie. Tables that are given the same
+--config.table.cells_dir share their cells. With :full a pod trains Llama-7B.
 """
 
 from ppnet import config
