@@ -28,7 +28,6 @@ from jax.experimental import topologies
 from ppnet import config as config_lib
 from ppnet.core import checks, hlo, prng
 from ppnet.privacy import mechanism as mechanism_lib
-from ppnet.sharding import mesh as mesh_lib
 from ppnet.sharding import rules as rules_lib
 from ppnet.train import estimate as estimate_lib
 from ppnet.train import microbatch
@@ -141,7 +140,13 @@ def compile_for(config: config_lib.ExperimentConfig) -> dict[str, Any]:
     "step": _step(config, config.perf.microbatch_size, *programs),
   }
   if config.compile_search is not config_lib.CompileSearch.NONE:
-    record["recommended"] = _recommend(config, devices, chip, programs)
+    record["recommended"] = _recommend(
+      config,
+      devices,
+      chip,
+      programs,
+      unit=rules_lib.num_parts(program.mesh, program.rules.batch),
+    )
   return record
 
 
@@ -167,11 +172,13 @@ def _recommend(
   devices: list[jax.Device],
   chip: estimate_lib.Chip,
   programs: list[Compiled],
+  *,
+  unit: int,
 ) -> dict[str, Any]:
   """Which microbatch, and which engine, to take; every one tried is listed.
 
   The first engine is the configuration's own, and its first microbatch is
-  compiled already. See `microbatch.search`.
+  compiled already. See `microbatch.search`; `unit` devices share a microbatch.
   """
   accumulate, *once = programs
   tried = []
@@ -191,7 +198,7 @@ def _recommend(
         known.get(size) or try_one(engine, size)
       ),
       start=config.perf.microbatch_size,
-      unit=num_batch_parts(config, len(devices)),
+      unit=unit,
       largest=config.train.expected_batch_size,
       available_bytes=chip.available_bytes,
     )
@@ -238,14 +245,6 @@ def _engines(config: config_lib.ExperimentConfig) -> list[config_lib.Engine]:
   if not low:  # It refuses other dtypes.
     others.append(config_lib.Engine.GHOST)
   return [own, *(engine for engine in others if engine is not own)]
-
-
-def num_batch_parts(
-  config: config_lib.ExperimentConfig, num_devices: int
-) -> int:
-  """Devices among which a microbatch is shared; it is a multiple of this."""
-  sizes = mesh_lib.sizes(config.mesh, num_devices)
-  return sizes[0] * sizes[1]
 
 
 def topology_devices(name: str) -> list[jax.Device]:

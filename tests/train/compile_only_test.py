@@ -271,3 +271,42 @@ def test_flops_count_loops_branches_and_devices():
   assert count(unknown) is None
   assert count(harmless) == (0, 0)
   assert count(spread) == (216, 216)
+
+
+def test_every_microbatch_that_is_tried_is_shared_evenly(monkeypatch):
+  config = tiny.experiment(expected_batch_size=500)
+  config.topology = "of this test"
+  config.compile_search = config_lib.CompileSearch.ENGINE
+  config.mesh = config_lib.MeshConfig(data=1, fsdp=-1)
+  config.perf = config_lib.PerfConfig(
+    microbatch_size=8, engine=config_lib.Engine.BOOKKEEPING
+  )
+  device = jax.devices()[0].device_kind
+  monkeypatch.setitem(
+    estimate.CHIPS, device, dataclasses.replace(CHIP, available_bytes=1000)
+  )
+  monkeypatch.setattr(compile_only, "topology_devices", lambda _: jax.devices())
+
+  def compile_by_a_line(call, chip, mesh):
+    total = 500
+    if call.name == "accumulate":
+      total = 10 * call.args[2]["tokens"].shape[0] + 303
+    return compile_only.Compiled(
+      name=call.name,
+      fits=total <= chip.available_bytes,
+      resident_bytes=0,
+      total_bytes=total,
+      matmul_flops=None,
+      compile_secs=0.0,
+    )
+
+  monkeypatch.setattr(compile_only, "_compile", compile_by_a_line)
+  record = compile_only.compile_for(config)
+  found = record["recommended"]
+  sizes = {each["microbatch_size"] for each in found["tried"]}
+  assert {8, 64} <= sizes
+  assert all(size % 8 == 0 for size in sizes)
+  engines = {each["engine"] for each in found["tried"]}
+  assert engines == set(config_lib.Engine) - {config_lib.Engine.AUTO}
+  assert found["best"]["microbatch_size"] == 64
+  # Fails if: devices along fsdp are forgotten; 69 would be tried.
