@@ -31,6 +31,7 @@ from ml_collections import config_flags
 from ppnet import config as config_lib
 from ppnet import config_args, study, sweep
 from ppnet.audit import assess
+from ppnet.audit import attention as audit_attention
 from ppnet.audit import run as audit
 from ppnet.bench import attention, engines
 from ppnet.bench import pipeline as pipeline_bench
@@ -270,7 +271,9 @@ def benchmark(
 def table(config: config_lib.ExperimentConfig, workdir: pathlib.Path) -> None:
   """Tells what pipelines do, or what models reached and leaked."""
   if config.table.subject is not config_lib.TableSubject.PIPELINES:
-    print(f"{study.table(config, workdir)}\n\nrecords: {workdir}")
+    maps = audit_attention.first_models_maps
+    print(study.table(config, workdir, maps=maps))
+    print(f"\nrecords: {workdir}")
     return
   folder = loop.prepared_dir(config, workdir)
   prepare.prepare(config.data, folder)

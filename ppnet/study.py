@@ -9,22 +9,47 @@ cell's folder gets it anew.
 import dataclasses
 import os
 import pathlib
+import runpy
 import subprocess
+from collections.abc import Callable
+from typing import Any
 
 from ppnet import config as config_lib
 from ppnet import sweep, table_config
-from ppnet.core import records
+from ppnet.core import checks, records, workdirs
 from ppnet.report import (
+  attention,
   figures,
   page,
   results,
   robustness,
+  saving,
   tables,
   tradeoff,
   training_rows,
 )
 
 _FINAL = ("accuracy", "f1", "auc_roc", "epsilon", "leakage")
+# What may differ between a cell as it was made and as a table asks for it: who
+# asks, where data lie, and the machine. Fields, and groups of fields.
+_MAY_DIFFER = (
+  "name",
+  "job",
+  "topology",
+  "compile_search",
+  "data.path",
+  "data.prepared_dir",
+  "data.prepare_workers",
+  "audit.models_at_once",
+)
+_MAY_DIFFER_GROUPS = (
+  "perf.",
+  "mesh.",
+  "table.",
+  "bench.",
+  "generate.",
+  "account.",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,29 +107,62 @@ def command(
   A cell takes the table's seed, folder of data, and number of models; all rows
   of a task share one folder of prepared data.
   """
-  table, audit = config.table, config.audit
-  is_results = table.subject is config_lib.TableSubject.RESULTS
-  flags = [
-    f"--config={table.cell_config}:"
-    + ",".join((cell.task, cell.name, table.size, config.data.path)),
-    f"--config.job={'AUDIT' if is_results else 'TRAIN'}",
-    f"--config.seed={config.seed}",
-    f"--config.audit.num_models={audit.num_models}",
-    f"--config.audit.models_at_once={audit.models_at_once}",
-    f"--config.data.prepared_dir="
-    f"{cells_dir(config, workdir) / 'prepared' / cell.task}",
-    f"--workdir={cell.folder}",
-  ]
-  return sweep.main_command(flags)
+  flags = [f"--config={config.table.cell_config}:{_argument(config, cell)}"]
+  for field, value in _overrides(config, workdir, cell).items():
+    shown = value.name if isinstance(value, config_lib.Job) else value
+    flags.append(f"--config.{field}={shown}")
+  return sweep.main_command([*flags, f"--workdir={cell.folder}"])
 
 
-def table(config: config_lib.ExperimentConfig, workdir: pathlib.Path) -> str:
+def cell_config(
+  config: config_lib.ExperimentConfig, workdir: pathlib.Path, cell: Cell
+) -> config_lib.ExperimentConfig:
+  """The configuration that `command` gives a cell."""
+  make = runpy.run_path(config.table.cell_config)["get_config"]
+  made = make(_argument(config, cell))
+  for field, value in _overrides(config, workdir, cell).items():
+    owner, *parents = made, *field.split(".")[:-1]
+    for parent in parents:
+      owner = getattr(owner, parent)
+    setattr(owner, field.split(".")[-1], value)
+  return made
+
+
+def _argument(config: config_lib.ExperimentConfig, cell: Cell) -> str:
+  """What a cell's config file is given."""
+  return ",".join((cell.task, cell.name, config.table.size, config.data.path))
+
+
+def _overrides(
+  config: config_lib.ExperimentConfig, workdir: pathlib.Path, cell: Cell
+) -> dict[str, Any]:
+  """Field of a cell's configuration -> what the table sets it to."""
+  is_results = config.table.subject is config_lib.TableSubject.RESULTS
+  prepared = cells_dir(config, workdir) / "prepared" / cell.task
+  return {
+    "job": config_lib.Job.AUDIT if is_results else config_lib.Job.TRAIN,
+    "seed": config.seed,
+    "audit.num_models": config.audit.num_models,
+    "audit.models_at_once": config.audit.models_at_once,
+    "data.prepared_dir": str(prepared),
+  }
+
+
+# Of a cell's configuration and folder; see `audit.attention`, which is given
+# from above: this file does not start a device.
+Maps = Callable[[config_lib.ExperimentConfig, pathlib.Path], dict[str, Any]]
+
+
+def table(
+  config: config_lib.ExperimentConfig, workdir: pathlib.Path, *, maps: Maps
+) -> str:
   """Runs the cells that are missing, then writes table and figures.
 
   | subject | written |
   | --- | --- |
   | RESULTS | `table.json`, `.md`, `.tex`, `.csv`, `.html`; `figures/tradeoff` |
-  | | where there is a knob, `figures/robustness` where it was measured |
+  | | where there is a knob, `figures/robustness` where it was measured, |
+  | | `figures/attention_TASK` of the first row with attention noise |
   | TRAINING | `figures/losses`, `figures/indicators` |
 
   The cells' own records are in `table.cells_dir`, or else in the workdir:
@@ -119,16 +177,19 @@ def table(config: config_lib.ExperimentConfig, workdir: pathlib.Path) -> str:
   Args:
     config: with a RESULTS or a TRAINING table.
     workdir: of the table.
+    maps: attention of a finished audit's first model.
 
   Returns:
     The table in Markdown, or for TRAINING the runs' final numbers.
 
   Raises:
+    ValueError: a cell that is there was made under another configuration.
     RuntimeError: a cell has no record; the rest is written all the same.
   """
+  _check_done(config, workdir)
   _run_missing(config, workdir)
   if config.table.subject is config_lib.TableSubject.RESULTS:
-    text = _write_results(config, workdir)
+    text = _write_results(config, workdir, maps)
   else:
     text = _write_training(config, workdir)
   holes = [cell for cell in cells(config, workdir) if not is_done(config, cell)]
@@ -144,16 +205,90 @@ def table(config: config_lib.ExperimentConfig, workdir: pathlib.Path) -> str:
 
 
 def _write_results(
-  config: config_lib.ExperimentConfig, workdir: pathlib.Path
+  config: config_lib.ExperimentConfig, workdir: pathlib.Path, maps: Maps
 ) -> str:
-  """Table and figures of audits."""
+  """Table, figures and page of audits."""
   found = collect(config, workdir)
   text = results.write(found, workdir)
+  pictures = []
   if config.table.knob:
-    _draw_tradeoff(found, config, workdir)
-  robustness.write(found, workdir)
-  _write_page(found, config, workdir)
+    pictures += _draw_tradeoff(found, config, workdir)
+  pictures += _listed(robustness.write(found, workdir), "robustness")
+  attentions, problems = _draw_attention(config, workdir, maps)
+  done = [cell for cell in cells(config, workdir) if is_done(config, cell)]
+  rows, width = results.lines(found), len(found.rows)
+  chapter = page.Chapter(
+    title=found.title,
+    header=results.header(),
+    groups=[rows[i : i + width] for i in range(0, len(rows), width)],
+    notes=[*results.notes(found), *problems],
+    sections=[
+      page.Section(pictures=pictures),
+      page.Section(
+        title="Attention without noise and with it", pictures=attentions
+      ),
+      page.Section(
+        title="ROC curves of the attacks",
+        is_grid=True,
+        pictures=[
+          page.Picture(path=path, caption=f"{cell.task}, {cell.row}")
+          for cell in done
+          if (path := cell.folder / "figures" / "roc.png").exists()
+        ],
+      ),
+    ],
+  )
+  page.write(
+    workdir / "table.html",
+    page.page(
+      [chapter],
+      title=found.title,
+      configs={
+        f"{cell.task}, {cell.row}": records.read_json(
+          cell.folder / "config.json"
+        )
+        for cell in done
+      },
+      hole=tables.HOLE,
+    ),
+  )
   return text
+
+
+def _listed(path: pathlib.Path | None, caption: str) -> list[page.Picture]:
+  """A picture, or none."""
+  return [] if path is None else [page.Picture(path=path, caption=caption)]
+
+
+def _draw_attention(
+  config: config_lib.ExperimentConfig, workdir: pathlib.Path, maps: Maps
+) -> tuple[list[page.Picture], list[str]]:
+  """Of each task, the maps of its first row that has attention noise.
+
+  They are computed once and kept in the cell's folder; from a folder that came
+  without its data or its models there are none, and a sentence says why.
+  """
+  pictures, problems = [], []
+  shown: set[str] = set()
+  for cell in cells(config, workdir):
+    if cell.task in shown or not is_done(config, cell):
+      continue
+    own = cell_config(config, workdir, cell)
+    if not own.attention_noise.stddev:
+      continue
+    shown.add(cell.task)
+    path = cell.folder / "attention.json"
+    name = f"{cell.task}, {cell.row}"
+    if not path.exists():
+      try:
+        records.write_json(path, maps(own, cell.folder))
+      except (ValueError, OSError) as error:
+        problems.append(f"No attention maps of {name}: {error}")
+        continue
+    fig = attention.draw(records.read_json(path))
+    stem = workdir / "figures" / f"attention_{cell.task}"
+    pictures += _listed(saving.save(fig, stem), f"{name}: the first model")
+  return pictures, problems
 
 
 def _write_training(
@@ -193,6 +328,36 @@ def collect(
   )
 
 
+def _check_done(
+  config: config_lib.ExperimentConfig, workdir: pathlib.Path
+) -> None:
+  """Raises where a finished cell is not the one that this table asks for.
+
+  A field that only one of the two configurations has says nothing: the program
+  has gone on since.
+  """
+  for cell in cells(config, workdir):
+    if not is_done(config, cell):
+      continue
+    old = workdirs.flatten(
+      records.read_json(cell.folder / "config.json")["config"]
+    )
+    new = workdirs.flatten(records.to_plain(cell_config(config, workdir, cell)))
+    differing = [
+      f"{name} ({old[name]!r} there, {new[name]!r} now)"
+      for name in sorted(old.keys() & new.keys())
+      if old[name] != new[name]
+      and name not in _MAY_DIFFER
+      and not name.startswith(_MAY_DIFFER_GROUPS)
+    ]
+    if differing:
+      checks.fail(
+        f"{cell.folder} to hold the cell of this table",
+        "Set these back, give another table.cells_dir, or delete that folder.",
+        differing=differing,
+      )
+
+
 def _run_missing(
   config: config_lib.ExperimentConfig, workdir: pathlib.Path
 ) -> None:
@@ -226,7 +391,7 @@ def _draw_tradeoff(
   found: results.Results,
   config: config_lib.ExperimentConfig,
   workdir: pathlib.Path,
-) -> None:
+) -> list[page.Picture]:
   """Utility and leakage over what the rows differ in."""
   field = config.table.knob
   knobs = {
@@ -238,33 +403,7 @@ def _draw_tradeoff(
     for cell in cells(config, workdir)
     if (cell.task, cell.row) in found.cells
   }
-  if knobs:
-    tradeoff.write(found, knobs, field=field, workdir=workdir)
-
-
-def _write_page(
-  found: results.Results,
-  config: config_lib.ExperimentConfig,
-  workdir: pathlib.Path,
-) -> None:
-  """The table with the cells' pictures and configurations in one file."""
-  done = [cell for cell in cells(config, workdir) if is_done(config, cell)]
-  rows = results.lines(found)
-  width = len(found.rows)
-  page.write(
-    workdir / "table.html",
-    page.page(
-      title=found.title,
-      header=results.header(),
-      groups=[rows[i : i + width] for i in range(0, len(rows), width)],
-      notes=results.notes(found),
-      figures=sorted((workdir / "figures").glob("*.png")),
-      configs={
-        f"{cell.task}, {cell.row}": records.read_json(
-          cell.folder / "config.json"
-        )
-        for cell in done
-      },
-      hole=tables.HOLE,
-    ),
-  )
+  if not knobs:
+    return []
+  path = tradeoff.write(found, knobs, field=field, workdir=workdir)
+  return _listed(path, f"utility and leakage over {field}")

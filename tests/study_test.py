@@ -1,5 +1,6 @@
 """Tables of results: cells are run once, and holes end in an error."""
 
+import base64
 import dataclasses
 import json
 import pathlib
@@ -11,7 +12,8 @@ import pytest
 
 from ppnet import config as config_lib
 from ppnet import main, study
-from ppnet.core import records
+from ppnet.core import records, workdirs
+from tests.report import attention_test
 
 
 def experiment(**changes):
@@ -34,8 +36,20 @@ def experiment(**changes):
   )
 
 
+_CELL = """
+from ppnet import config
+
+
+def get_config(argument):
+  task, row, *_ = argument.split(",", 3)
+  made = config.ExperimentConfig(name=f"{task}-{row}")
+  made.attention_noise.stddev = 0.5 if "noisy" in row else 0.0
+  return made
+"""
+
+
 @pytest.fixture
-def started(monkeypatch):
+def started(monkeypatch, tmp_path):
   """What was started; each process writes its record but reviews, private."""
   commands = []
 
@@ -55,10 +69,18 @@ def started(monkeypatch):
       "bounds": [{"epsilon": 0.3, "exceeds": False}],
     }
     (folder / "audit.json").write_text(json.dumps(record))
-    (folder / "config.json").write_text('{"commit": "c0ffee"}')
+    argument = f"{task},{row},cpu,/d"
+    made = runpy.run_path("cell.py")["get_config"](argument)
+    made.seed = int(flags["config.seed"])
+    made.audit.num_models = int(flags["config.audit.num_models"])
+    plain = {"config": records.to_plain(made)} | workdirs.provenance()
+    (folder / "config.json").write_text(json.dumps(plain))
     return subprocess.CompletedProcess(command, 0)
 
   monkeypatch.setattr(study, "subprocess", types.SimpleNamespace(run=fake))
+  (tmp_path / "here").mkdir()
+  (tmp_path / "here" / "cell.py").write_text(_CELL)
+  monkeypatch.chdir(tmp_path / "here")
   return commands
 
 
@@ -93,6 +115,60 @@ def test_a_deleted_cell_is_run_again(started, tmp_path):
   assert len(started) == 3
 
 
+def test_a_cell_of_another_experiment_is_refused(started, tmp_path):
+  config = experiment(tasks="fsdd")
+  main.run_job(config, tmp_path)
+  config.seed = 8
+  with pytest.raises(ValueError, match=r"fsdd/plain .*seed \(7 there, 8 now"):
+    main.run_job(config, tmp_path)
+  config.seed, config.data.path = 7, "/elsewhere"
+  main.run_job(config, tmp_path)  # Where data lie does not matter.
+  assert len(started) == 2
+  # Fails if: numbers of two experiments may stand in one table.
+
+
+def test_attention_is_drawn_once_for_each_task(started, tmp_path, monkeypatch):
+  asked = []
+
+  def maps(config, folder):
+    asked.append((config.attention_noise.stddev, folder.parent.name))
+    return attention_test.record(num_heads=1)
+
+  monkeypatch.setattr(main.audit_attention, "first_models_maps", maps)
+  config = experiment(rows="plain,noisy,noisy_2", tasks="fsdd")
+  for _ in range(2):  # The second time it is read.
+    main.run_job(config, tmp_path)
+    assert asked == [(0.5, "fsdd")]
+  folder = tmp_path / "cells" / "fsdd"
+  assert (folder / "noisy" / "attention.json").exists()
+  assert not (folder / "noisy_2" / "attention.json").exists()
+  assert (tmp_path / "figures" / "attention_fsdd.png").exists()
+  page = (tmp_path / "table.html").read_text()
+  assert page.count('<img alt="') == 1
+  assert "fsdd, noisy: the first model" in page
+
+
+def test_a_page_says_why_it_has_no_attention(started, tmp_path):
+  config = experiment(rows="noisy", tasks="fsdd", baseline="")
+  main.run_job(config, tmp_path)  # The fake left no models.
+  page = (tmp_path / "table.html").read_text()
+  assert "No attention maps of fsdd, noisy" in page
+  assert "group-000.npz" in page
+
+
+def test_a_page_has_the_curves_of_all_cells(started, tmp_path):
+  config = experiment(tasks="fsdd")
+  main.run_job(config, tmp_path)
+  for row in ("plain", "private"):
+    figures = tmp_path / "cells" / "fsdd" / row / "figures"
+    figures.mkdir()
+    (figures / "roc.png").write_bytes(row.encode())
+  main.run_job(config, tmp_path)
+  page = (tmp_path / "table.html").read_text()
+  for row in ("plain", "private"):
+    assert base64.b64encode(row.encode()).decode() in page
+
+
 def test_a_cell_is_a_command_that_a_person_may_give(tmp_path):
   config = experiment()
   command = study.command(config, tmp_path, study.cells(config, tmp_path)[1])
@@ -123,7 +199,7 @@ def test_a_table_of_training_trains_and_draws(monkeypatch, tmp_path):
 
   monkeypatch.setattr(study, "subprocess", types.SimpleNamespace(run=fake))
   config = experiment(subject=config_lib.TableSubject.TRAINING, tasks="fsdd")
-  assert "0.6250" in study.table(config, tmp_path)
+  assert "0.6250" in study.table(config, tmp_path, maps=None)
   for name in ("losses", "indicators"):
     assert (tmp_path / "figures" / f"{name}.png").exists()
 

@@ -47,7 +47,15 @@ _MODEL_DOMAIN = 1 << 16
 _STEPS_AT_ONCE = 5
 # A Poisson batch above this many standard deviations compiles a second shape.
 _ROOM_STDDEVS = 5.0
-_NOT_PART = ("job", "topology", "generate", "account", "audit", "bench")
+_NOT_PART = (
+  "job",
+  "topology",
+  "generate",
+  "account",
+  "audit",
+  "bench",
+  "table",
+)
 _MAY_CHANGE = ("perf", "mesh")
 
 
@@ -254,7 +262,7 @@ class Shadows:
   def groups(self) -> Iterator[Group]:
     """The groups, one in memory at a time."""
     for path in self.paths:
-      yield _load(path)
+      yield load(path)
 
 
 def build_program(
@@ -591,8 +599,8 @@ def _save(path: pathlib.Path, group: Group) -> None:
   records.write_bytes(path, content.getvalue())
 
 
-def _load(path: pathlib.Path) -> Group:
-  """Reads what `_save` wrote."""
+def load(path: pathlib.Path) -> Group:
+  """Reads the file of a group."""
   params: dict[str, Any] = {}
   with np.load(path, allow_pickle=False) as saved:
     for name in saved.files:

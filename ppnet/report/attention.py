@@ -17,6 +17,7 @@ from ppnet.core import records
 from ppnet.report import saving
 
 _MAX_LABELS = 24  # More would overlap.
+_MARKED = 0.1  # Share of the largest change from which on a fall is marked.
 _NOTE = (
   "Row: a token; column: a token it attends to. The first token attends only to"
   " itself, so no noise reaches it: attention noise carries no privacy"
@@ -74,15 +75,31 @@ def draw(record: Mapping[str, Any]) -> figure.Figure:
     row, is_last = grid[place], place == len(kinds) - 1
     for column, ax in enumerate(row):
       ax.imshow(values[column], interpolation="nearest", **colours)
+      if is_last:
+        _mark_falls(ax, values[column], most=most)
       _label(ax, record["tokens"], is_first=column == 0, is_last=is_last)
       if place == 0:
         ax.set_title(f"head {record['heads'][column]}", fontsize=11)
     row[0].set_ylabel(title, fontsize=11)
     bar = fig.colorbar(row[0].images[0], ax=list(row), shrink=0.85, pad=0.01)
-    bar.set_label("change of the weight" if is_last else "weight")
+    bar.set_label("change of the weight (– fell)" if is_last else "weight")
   # About 15 letters an inch.
   fig.supxlabel(textwrap.fill(_NOTE, int(15 * width)), fontsize=9)
   return fig
+
+
+def _mark_falls(ax: axes.Axes, change: np.ndarray, *, most: float) -> None:
+  """A dash where a weight fell: in grey the two colours are the same."""
+  rows, columns = np.nonzero(change < -_MARKED * most)
+  ax.scatter(
+    columns,
+    rows,
+    s=max(1.5, 100 / len(change)) ** 2,
+    marker="_",
+    linewidths=1.0,
+    # What fell most is dark.
+    c=np.where(change[rows, columns] < -0.6 * most, "white", "black"),
+  )
 
 
 def _label(

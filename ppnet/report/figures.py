@@ -27,12 +27,17 @@ ORANGE = "#D55E00"
 _GREEN = "#009E73"
 _SKY = "#56B4E9"
 _GREY = "#666666"
-# Colour, line and marker of several models in one panel.
+# Colour, line and marker of several models in one panel; the ablation has
+# eight.
 STYLES = (
   (BLACK, "-", "o"),
   (BLUE, "--", "s"),
   (ORANGE, "-.", "^"),
   (_GREEN, ":", "D"),
+  (_SKY, (0, (6, 1)), "v"),
+  ("#CC79A7", (0, (3, 1, 1, 1, 1, 1)), "P"),
+  ("#E69F00", (0, (1, 1)), "X"),
+  (_GREY, (0, (4, 2, 1, 2)), "*"),
 )
 
 _LOSS = "nonprivate/loss/"

@@ -18,6 +18,7 @@ _PANELS = (
   ("attention_noise", "attention noise at test time"),
   ("left_out", "without a modality"),
 )
+_LEGEND_COLUMNS = 3  # As wide as two panels.
 _UNITS = {
   "stddev": "standard deviation (inputs have 1)",
   "token_rate": "share of tokens replaced",
@@ -33,12 +34,22 @@ def draw(found: results.Results) -> figure.Figure | None:
   ]
   if not tasks:
     return None
+  panels = [
+    (name, title)
+    for name, title in _PANELS
+    if any(
+      name in (_measured(found, task, row) or {})
+      for task in tasks
+      for row in found.rows
+    )
+  ]
   fig = figure.Figure(
-    figsize=(12.0, 3.2 * len(tasks) + 0.4), layout="constrained"
+    figsize=(4.2 * max(2, len(panels)), 3.2 * len(tasks) + 1.0),
+    layout="constrained",
   )
-  grid = fig.subplots(len(tasks), len(_PANELS), squeeze=False, sharey=True)
+  grid = fig.subplots(len(tasks), len(panels), squeeze=False, sharey=True)
   for own, task in zip(grid, tasks, strict=True):
-    for ax, (name, title) in zip(own, _PANELS, strict=True):
+    for ax, (name, title) in zip(own, panels, strict=True):
       curves = {
         row: measured[name]
         for row in found.rows
@@ -50,7 +61,18 @@ def draw(found: results.Results) -> figure.Figure | None:
       ax.set_title(f"{task.replace('_', ' ')}: {title}", fontsize=11)
       _panel(ax, found.rows, curves, name)
     own[0].set_ylabel("accuracy")
-  grid[0][0].legend(loc="best", frameon=False)
+  handles = {
+    label: handle
+    for ax in fig.axes
+    for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
+  }
+  fig.legend(
+    handles.values(),
+    handles.keys(),
+    loc="outside upper center",
+    ncols=min(len(handles), _LEGEND_COLUMNS),
+    frameon=False,
+  )
   return fig
 
 

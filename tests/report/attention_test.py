@@ -66,3 +66,16 @@ def test_the_figure_is_a_function_of_the_record(tmp_path):
   attention.attention_figure(tmp_path)
   assert path.read_bytes() == content
   assert (tmp_path / "figures" / "attention.pdf").exists()
+
+
+def test_a_fall_is_marked_for_those_who_see_no_colour():
+  given = record(num_heads=1)
+  clean = np.array(given["clean"])
+  change = np.zeros_like(clean)
+  change[0, 2, 1], change[0, 3, 0], change[0, 4, 2] = -0.2, -0.4, 0.4
+  change[0, 5, 5] = -0.01  # Too little to be seen.
+  fig = attention.draw(given | {"noisy": (clean + change).tolist()})
+  (marks,) = fig.axes[2].collections
+  assert marks.get_offsets().tolist() == [[1, 2], [0, 3]]  # Column, row.
+  assert not fig.axes[0].collections
+  assert not fig.axes[1].collections

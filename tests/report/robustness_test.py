@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ppnet.report import results, robustness
+from ppnet.report import figures, results, robustness
 
 
 def cell(row, accuracies, *, left_out=None):
@@ -56,11 +56,10 @@ def points(container):
 
 def test_lines_are_means_over_models(found, tmp_path):
   fig = robustness.draw(found)
-  noise, absent, left_out = fig.axes
+  noise, left_out = fig.axes  # Nobody measured attention noise.
   plain, private = map(points, noise.containers)
   np.testing.assert_allclose(plain[1], [0.8, 0.4])
   np.testing.assert_allclose(private, [[0, 1], [0.8, 0.6]])
-  assert not absent.axison  # Nobody measured attention noise.
   (only,) = left_out.containers
   np.testing.assert_allclose(points(only)[1], [0.8, 0.3])
   labels = [text.get_text() for text in left_out.get_xticklabels()]
@@ -74,3 +73,17 @@ def test_nothing_measured_is_no_figure(tmp_path):
   )
   assert robustness.write(collect([bare]), tmp_path) is None
   assert not (tmp_path / "figures").exists()
+
+
+def test_models_differ_in_more_than_colour():
+  # The ablation has eight rows in a panel, and is printed in grey.
+  assert len(figures.STYLES) >= 8
+  for part in zip(*figures.STYLES, strict=True):
+    assert len(set(part)) == len(part)
+
+
+def test_the_legend_names_all_and_hides_no_curve(found):
+  fig = robustness.draw(found)
+  (legend,) = fig.legends
+  assert [text.get_text() for text in legend.get_texts()] == ["plain", "ppnet"]
+  assert all(ax.get_legend() is None for ax in fig.axes)
