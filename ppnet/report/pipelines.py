@@ -209,5 +209,5 @@ def _latex(rows: Sequence[Mapping[str, Any]]) -> str:
   return latex.table(
     ["Modality", "Normalisation", "Feature extraction", "Augmentation"],
     [[row[name] or "–" for name in columns] for row in rows],
-    num_left=len(columns),
+    widths=(0.1, 0.21, 0.27, 0.27),
   )

@@ -298,5 +298,4 @@ def _latex(results: Results) -> str:
       rows.append([])
     first = number % len(results.rows) == 0
     rows.append([line[0] if first else "", *line[1:]])
-  comments = "".join(f"% {note}\n" for note in notes(results))
-  return comments + latex.table(header(), rows, num_left=2)
+  return latex.table(header(), rows, num_left=2, notes=notes(results))

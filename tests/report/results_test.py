@@ -122,7 +122,7 @@ def test_all_formats_hold_the_same_numbers(root):
   assert record["rows"][1]["accuracy"] == [0.8, 0.821, 0.811]
   assert record["rows"][0]["epsilon"] == "inf"
   latex = (root / "table.tex").read_text()
-  assert r"private & 0.811 $\pm$ 0.026 \dag{}" in latex
+  assert r"private & 0.811 $\pm$ 0.026 $^\dagger$" in latex
   assert latex.count(r"\midrule") == 2  # Under the header, between tasks.
 
 
