@@ -30,6 +30,7 @@ from ppnet.report import (
 )
 
 _FINAL = ("accuracy", "f1", "auc_roc", "epsilon", "leakage")
+_MODELS_AT_ONCE = config_lib.AuditConfig().models_at_once
 # What may differ between a cell as it was made and as a table asks for it: who
 # asks, where data lie, and the machine. Fields, and groups of fields.
 _MAY_DIFFER = (
@@ -139,13 +140,16 @@ def _overrides(
   """Field of a cell's configuration -> what the table sets it to."""
   is_results = config.table.subject is config_lib.TableSubject.RESULTS
   prepared = cells_dir(config, workdir) / "prepared" / cell.task
+  at_once = config.audit.models_at_once
   return {
     "job": config_lib.Job.AUDIT if is_results else config_lib.Job.TRAIN,
     "seed": config.seed,
     "audit.num_models": config.audit.num_models,
-    "audit.models_at_once": config.audit.models_at_once,
     "data.prepared_dir": str(prepared),
-  }
+  } | (
+    # How many a device bears is the cell's to say, unless somebody has said.
+    {"audit.models_at_once": at_once} if at_once != _MODELS_AT_ONCE else {}
+  )
 
 
 # Of a cell's configuration and folder; see `audit.attention`, which is given

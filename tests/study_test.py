@@ -287,6 +287,41 @@ def test_the_papers_tables_share_their_cells(tmp_path):
   }
 
 
+@pytest.mark.parametrize("size", ["cpu", "full"])
+@pytest.mark.parametrize(
+  "name",
+  ["table2", "table3", "leakage", "epsilon", "attention_noise", "training"],
+)
+def test_every_cell_of_every_table_is_accepted(name, size, tmp_path):
+  config = load(name, size)
+  config_lib.validate(config)
+  cells = study.cells(config, tmp_path)
+  assert len(cells) >= 6
+  for cell in cells:
+    own = study.cell_config(config, tmp_path, cell)
+    config_lib.validate(own)
+    own.job, own.topology = config_lib.Job.COMPILE, "v5e:8x8"
+    config_lib.validate(own)
+    if size == "full":
+      # No more can be drawn than there is.
+      assert own.train.expected_batch_size < own.account.num_examples / 2
+      assert own.audit.models_at_once == 2
+      assert own.privacy.delta < 1 / own.account.num_examples
+    # What a configuration accepts is also what a person's flags make of it.
+    flags = study.command(config, tmp_path, cell)
+    assert f"--config.data.prepared_dir={own.data.prepared_dir}" in flags
+
+
+def test_what_a_device_bears_is_the_cells_to_say_unless_somebody_does(tmp_path):
+  config = load("table2", "full")
+  config.audit.models_at_once = 4
+  (cell, *_) = study.cells(config, tmp_path)
+  own = study.cell_config(config, tmp_path, cell)
+  assert own.audit.models_at_once == 4
+  flags = study.command(config, tmp_path, cell)
+  assert "--config.audit.models_at_once=4" in flags
+
+
 @pytest.mark.parametrize(
   ("label", "row"),
   [

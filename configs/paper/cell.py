@@ -27,6 +27,14 @@ itself. The argument is TASK,ROW,SIZE,FOLDER. FOLDER holds `fashion-mnist/`,
 Extras are what multimodal training adds to the plain decoder on the same
 tokens: modality dropout, where a record has several modalities.
 
+With SIZE full the decoder is Llama-7B's. TRAIN and COMPILE cut it over the
+mesh; an AUDIT trains each model on one device, which must hold it whole: 108 GB
+of parameters, AdamW's moments and a sum of gradients, beside the activations.
+
+  python -m ppnet.main \
+      --config=configs/paper/cell.py:reviews,ppnet,full,/data \
+      --config.job=COMPILE --config.topology=v5e:8x8
+
 Hyper-parameters are round numbers near those of the quickstart, which is about
 public digits, and are the same in every row: nothing was tuned on the records
 of these tables, and no budget was spent on it.
@@ -45,6 +53,13 @@ _ATTENTION_STDDEV = 0.5
 _CONSISTENCY_WEIGHT = 0.1
 _CLIP_NORM = 1.0
 _SIZES = ("cpu", "full")
+# With all records: of a batch, and of the half that one model is trained on.
+_FULL = {
+  "fashion_mnist": (4096, 30_000),
+  "fsdd": (256, 1250),
+  "reviews": (1024, 9037),
+  "digits": (256, 1350),
+}
 # The publisher's order, of which an IDX file knows nothing.
 _CLOTHES = (
   "T-shirt/top",
@@ -192,7 +207,7 @@ def get_config(
     audit=config.AuditConfig(num_models=6, num_records=2000, robustness=True),
     perf=config.PerfConfig(microbatch_size=32),
   )
-  return experiment if size == "cpu" else _full(experiment)
+  return experiment if size == "cpu" else _full(experiment, task)
 
 
 def _model(
@@ -212,6 +227,7 @@ def _model(
       presets.llama_7b(),
       remat=True,
       compute_dtype=config.ComputeDtype.BFLOAT16,
+      max_seq_len=decoder.max_seq_len,  # That of the records.
     )
   is_multimodal = task in _WITH_IMAGE and task in _WITH_AUDIO
   return config.ModelConfig(
@@ -249,12 +265,16 @@ def _privacy(row: _Row) -> config.PrivacyConfig:
   )
 
 
-def _full(experiment: config.ExperimentConfig) -> config.ExperimentConfig:
-  """The same on a pod: Llama-7B's decoder, all records, one pair at a time."""
+def _full(
+  experiment: config.ExperimentConfig, task: str
+) -> config.ExperimentConfig:
+  """The same with Llama-7B's decoder and all records, two models at a time."""
+  batch_size, num_examples = _FULL[task]
   return dataclasses.replace(
     experiment,
     optimizer=config.OptimizerConfig(learning_rate=1e-4),
-    train=config.TrainConfig(num_steps=1000, expected_batch_size=4096),
+    train=config.TrainConfig(num_steps=1000, expected_batch_size=batch_size),
     mesh=config.MeshConfig(data=1, fsdp=-1, tensor=4),
-    audit=config.AuditConfig(num_models=6, models_at_once=2),
+    audit=config.AuditConfig(num_models=6, models_at_once=2, robustness=True),
+    account=config.AccountConfig(num_examples=num_examples),
   )
