@@ -42,6 +42,7 @@ PROJECTIONS = model_config.PROJECTIONS
 # What concerns audits, tables, devices, and the data, likewise.
 AuditConfig = audit_config.AuditConfig
 TableSubject = table_config.TableSubject
+Tuning = table_config.Tuning
 TableConfig = table_config.TableConfig
 Strategy = mesh_config.Strategy
 MeshConfig = mesh_config.MeshConfig
@@ -403,6 +404,8 @@ class ExperimentConfig:
       reads it.
     compile_search: what COMPILE tries beside what is configured; no other job
       reads it.
+    tuning: on what data this experiment's hyper-parameters are chosen; nothing
+      depends on it but what tables and sweeps say of it.
     seed: fixes initial parameters and attention noise; never the DP noise or
       the sampler, which `privacy` seeds.
     data: see `DataConfig`.
@@ -424,6 +427,7 @@ class ExperimentConfig:
   job: Job = Job.TRAIN
   topology: str = ""
   compile_search: CompileSearch = CompileSearch.MICROBATCH
+  tuning: Tuning = Tuning.NONE
   seed: int = 0
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)

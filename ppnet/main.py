@@ -100,15 +100,6 @@ _PROFILE_STEPS = flags.DEFINE_string(
   " `tensorboard --logdir=WORKDIR/tensorboard` shows the trace (with the plugin"
   " that `pip install xprof` brings).",
 )
-_SWEEP_COLUMNS = (
-  "accuracy",
-  "f1",
-  "auc_roc",
-  "epsilon",
-  "delta",
-  "noise_multiplier",
-  "num_steps",
-)
 
 
 def train(config: config_lib.ExperimentConfig, workdir: pathlib.Path) -> None:
@@ -557,7 +548,7 @@ def _main(argv: Sequence[str]) -> None:
     if _SWEEP.value is None:
       run_job(config, workdir)
     else:
-      _sweep(_SWEEP.value, workdir, arguments)
+      _sweep(_SWEEP.value, config, workdir, arguments)
   except preemption.PreemptedError as error:
     print(error, file=sys.stderr)
     sys.exit(preemption.EXIT_CODE)
@@ -597,22 +588,22 @@ def _share_cores(config: config_lib.ExperimentConfig) -> None:
 
 
 def _sweep(
-  text: str, workdir: pathlib.Path, arguments: config_args.Arguments
+  text: str,
+  config: config_lib.ExperimentConfig,
+  workdir: pathlib.Path,
+  arguments: config_args.Arguments,
 ) -> None:
   """Runs this shard of the grid and prints what all shards have so far."""
   grid = sweep.parse_grid(text)
   arguments.check_fields([o.split("=")[0] for o in grid[0]])
-  rows, failed = sweep.run(
+  summary, failed = sweep.run(
     grid,
     flags=arguments.config_flags,
     workdir=workdir,
     shard=sweep.parse_shard(_SWEEP_SHARD.value),
+    tuning=config.tuning,
   )
-  if rows:
-    fields = [override.split("=")[0] for override in grid[0]]
-    columns = [*fields, *(c for c in _SWEEP_COLUMNS if c not in fields)]
-    tables.write_csv(workdir / "sweep.csv", rows, columns=columns)
-    print(f"\n{tables.sweep_table(rows, columns)}\n\n{workdir / 'sweep.csv'}")
+  print(f"\n{summary}\n\nsummary: {workdir / 'sweep.md'}")
   if failed:
     raise RuntimeError(
       f"{len(failed)} of {len(grid)} runs failed: {'; '.join(failed)}. Give the"

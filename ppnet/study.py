@@ -29,11 +29,27 @@ from ppnet.report import (
   training_rows,
 )
 
+_CHOSEN = {
+  config_lib.Tuning.NONE: (
+    "Hyper-parameters were not chosen by looking at runs on these records: no"
+    " budget was spent on them."
+  ),
+  config_lib.Tuning.PUBLIC: (
+    "Hyper-parameters were chosen on public data alone: no budget was spent on"
+    " them."
+  ),
+  config_lib.Tuning.PRIVATE: (
+    "Hyper-parameters were chosen by looking at runs on private records: no"
+    " claimed ε of this table covers that choice. What it costs stands in the"
+    " summary of the sweep (Papernot and Steinke 2022)."
+  ),
+}
 _FINAL = ("accuracy", "f1", "auc_roc", "epsilon", "leakage")
 _MODELS_AT_ONCE = config_lib.AuditConfig().models_at_once
 # What may differ between a cell as it was made and as a table asks for it: who
 # asks, where data lie, and the machine. Fields, and groups of fields.
 _MAY_DIFFER = (
+  "tuning",
   "name",
   "job",
   "topology",
@@ -329,7 +345,18 @@ def collect(
     tasks=table_config.names(options.tasks),
     rows=list(table_config.labels(options.rows)),
     baseline=options.baseline,
+    remarks=_how_chosen(config, workdir),
   )
+
+
+def _how_chosen(
+  config: config_lib.ExperimentConfig, workdir: pathlib.Path
+) -> list[str]:
+  """On what data hyper-parameters were chosen, by the cells' configurations."""
+  said = {
+    cell_config(config, workdir, cell).tuning for cell in cells(config, workdir)
+  }
+  return [_CHOSEN[kind] for kind in config_lib.Tuning if kind in said]
 
 
 def _check_done(

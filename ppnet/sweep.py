@@ -5,9 +5,10 @@ import pathlib
 import subprocess
 import sys
 from collections.abc import Sequence
-from typing import Any
 
+from ppnet import config as config_lib
 from ppnet.core import checks, records, workdirs
+from ppnet.report import sweeps
 
 
 def parse_grid(text: str) -> list[tuple[str, ...]]:
@@ -60,38 +61,43 @@ def run(
   flags: Sequence[str],
   workdir: pathlib.Path,
   shard: tuple[int, int],
-) -> tuple[list[dict[str, Any]], list[str]]:
+  tuning: config_lib.Tuning,
+) -> tuple[str, list[str]]:
   """Runs this shard's part of the grid, skipping what is finished.
 
   Each run is a process of its own, so one that fails takes no other with it.
+  The summary in `sweep.md` and `sweep.json` is written again before and after
+  each: it can be watched, and all shards that see the folder write the same.
 
   Args:
     runs: from `parse_grid`.
     flags: the command line's own flags, without the sweep's.
     workdir: holds one folder per run.
     shard: (i, n): runs i, i + n, i + 2 n, ...
+    tuning: what the configuration says of choosing among them.
 
   Returns:
-    One row per run of the whole grid that has a summary, this shard's and the
-    others' (the swept fields and the summary's numbers); and the runs that
-    failed here, by their overrides.
+    The summary of the whole grid, this shard's runs and the others'; and the
+    runs that failed here, by their overrides.
   """
   index, count = shard
   failed = []
-  for number, overrides in enumerate(runs):
-    folder = workdir / workdirs.run_name("run", overrides)
+  folders = {
+    overrides: workdir / workdirs.run_name("run", overrides)
+    for overrides in runs
+  }
+  workdir.mkdir(parents=True, exist_ok=True)
+  for number, (overrides, folder) in enumerate(folders.items()):
     if number % count != index or (folder / "summary.json").exists():
       continue
     print(f"[{number + 1}/{len(runs)}] {', '.join(overrides)}", flush=True)
     overriding = [f"--config.{override}" for override in overrides]
     command = main_command([*flags, *overriding, f"--workdir={folder}"])
-    if subprocess.run(command, check=False).returncode:
+    (folder / sweeps.FAILED).unlink(missing_ok=True)
+    sweeps.write(folders, workdir, tuning=tuning)
+    code = subprocess.run(command, check=False).returncode
+    if code:
       failed.append(", ".join(overrides))
-  rows = []
-  for overrides in runs:
-    summary = workdir / workdirs.run_name("run", overrides) / "summary.json"
-    if summary.exists():
-      swept = dict(override.split("=", 1) for override in overrides)
-      # What was reached comes under its own name beside what was asked for.
-      rows.append(records.read_json(summary) | swept)
-  return rows, failed
+      folder.mkdir(exist_ok=True)
+      records.write_json(folder / sweeps.FAILED, {"exit_code": code})
+  return sweeps.write(folders, workdir, tuning=tuning), failed

@@ -1,4 +1,4 @@
-"""What a TABLE job does: dataclass, names of cells, checks.
+"""What a TABLE job does, and how choices were made: dataclass, names, checks.
 
 `ppnet.config` gives all of it its public names.
 """
@@ -7,6 +7,14 @@ import dataclasses
 import enum
 
 from ppnet.core import checks
+
+
+class Tuning(enum.Enum):
+  """On what data one of several runs, or its hyper-parameters, is chosen."""
+
+  NONE = "none"  # Nothing is chosen by looking at runs.
+  PUBLIC = "public"  # On public data alone: it costs nothing.
+  PRIVATE = "private"  # On private data: see `privacy.selection`.
 
 
 class TableSubject(enum.Enum):

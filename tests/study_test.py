@@ -115,6 +115,25 @@ def test_a_deleted_cell_is_run_again(started, tmp_path):
   assert len(started) == 3
 
 
+@pytest.mark.parametrize(
+  ("tuning", "says"),
+  [
+    ("NONE", "not chosen by looking at runs"),
+    ("PUBLIC", "on public data alone"),
+    ("PRIVATE", "of this table covers that choice"),
+  ],
+)
+def test_a_table_says_how_hyper_parameters_were_chosen(
+  started, tmp_path, tuning, says
+):
+  cell = pathlib.Path("cell.py")
+  told = f"  made.tuning = config.Tuning.{tuning}\n  return made"
+  cell.write_text(cell.read_text().replace("  return made", told))
+  main.run_job(experiment(tasks="fsdd"), tmp_path)
+  for name in ("table.md", "table.tex", "table.html"):
+    assert says in (tmp_path / name).read_text()
+
+
 def test_a_cell_of_another_experiment_is_refused(started, tmp_path):
   config = experiment(tasks="fsdd")
   main.run_job(config, tmp_path)

@@ -37,7 +37,7 @@ of parameters, AdamW's moments and a sum of gradients, beside the activations.
 
 Hyper-parameters are round numbers near those of the quickstart, which is about
 public digits, and are the same in every row: nothing was tuned on the records
-of these tables, and no budget was spent on it.
+of these tables, and no budget was spent on it (`tuning` says so in the record).
 """
 
 import dataclasses

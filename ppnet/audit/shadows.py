@@ -55,6 +55,7 @@ _NOT_PART = (
   "audit",
   "bench",
   "table",
+  "tuning",
 )
 _MAY_CHANGE = ("perf", "mesh")
 

@@ -20,9 +20,10 @@ _NOT_PART_OF_THE_EXPERIMENT = (
   "account.",
   "audit.",
 )
-# What a resumed run may change: the machine and how it is used. Neither the
-# result, but for rounding, nor the guarantee depends on them.
-_MAY_CHANGE = ("perf.", "mesh.")
+# What a resumed run may change: the machine and how it is used, and what is
+# said of many runs. Neither the result, but for rounding, nor the guarantee
+# depends on them.
+_MAY_CHANGE = ("perf.", "mesh.", "table.", "tuning")
 # Once one of these is there the run has begun, and its configuration stands.
 _BINDING = ("privacy.json", "summary.json", "bench.json")
 _VERSIONED = (

@@ -98,6 +98,7 @@ class Results:
     cells: (task, row) -> what was recorded; without the holes.
     p_values: (task, row, name) -> Holm-adjusted p-value of the paired test
       against the baseline.
+    remarks: further notes.
   """
 
   title: str
@@ -106,6 +107,7 @@ class Results:
   baseline: str
   cells: Mapping[tuple[str, str], Cell]
   p_values: Mapping[tuple[str, str, str], float]
+  remarks: Sequence[str] = ()
 
   @property
   def holes(self) -> list[tuple[str, str]]:
@@ -125,6 +127,7 @@ def collect(
   tasks: Sequence[str],
   rows: Sequence[str],
   baseline: str,
+  remarks: Sequence[str] = (),
 ) -> Results:
   """Compares the cells that are there.
 
@@ -148,6 +151,7 @@ def collect(
     baseline=baseline,
     cells=cells,
     p_values=comparison.holm(p_values),
+    remarks=remarks,
   )
 
 
@@ -204,6 +208,7 @@ def notes(results: Results) -> list[str]:
       f" {_SIGNIFICANT} after Holm's correction over {len(results.p_values)}"
       " tests)."
     )
+  found += results.remarks
   exceeded = [
     f"{task}, {row}"
     for (task, row), cell in results.cells.items()
