@@ -262,8 +262,9 @@ def benchmark(
 def table(config: config_lib.ExperimentConfig, workdir: pathlib.Path) -> None:
   """Tells what pipelines do, or what models reached and leaked."""
   if config.table.subject is not config_lib.TableSubject.PIPELINES:
-    maps = audit_attention.first_models_maps
-    print(study.table(config, workdir, maps=maps))
+    is_one = config.table.subject is not config_lib.TableSubject.COLLECTION
+    make = study.table if is_one else study.collection
+    print(make(config, workdir, maps=audit_attention.first_models_maps))
     print(f"\nrecords: {workdir}")
     return
   folder = loop.prepared_dir(config, workdir)

@@ -11,7 +11,7 @@ import os
 import pathlib
 import runpy
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ppnet import config as config_lib
@@ -183,7 +183,7 @@ def table(
   | RESULTS | `table.json`, `.md`, `.tex`, `.csv`, `.html`; `figures/tradeoff` |
   | | where there is a knob, `figures/robustness` where it was measured, |
   | | `figures/attention_TASK` of the first row with attention noise |
-  | TRAINING | `figures/losses`, `figures/indicators` |
+  | TRAINING | `figures/losses`, `figures/indicators`; `table.html` |
 
   The cells' own records are in `table.cells_dir`, or else in the workdir:
 
@@ -206,28 +206,125 @@ def table(
     ValueError: a cell that is there was made under another configuration.
     RuntimeError: a cell has no record; the rest is written all the same.
   """
+  written, holes = _table(config, workdir, maps)
+  page.write(
+    workdir / "table.html",
+    page.page(
+      [written.chapter],
+      title=written.chapter.title,
+      configs=written.configs,
+      hole=tables.HOLE,
+    ),
+  )
+  _check_holes(written.text, holes, len(cells(config, workdir)))
+  return written.text
+
+
+def collection(
+  config: config_lib.ExperimentConfig, workdir: pathlib.Path, *, maps: Maps
+) -> str:
+  """Makes several tables that share their cells, and one page of all.
+
+  Each table is in `workdir/NAME`, as `table` writes it, NAME that of its config
+  file; the page is `table.html`. A part with holes takes no other with it.
+
+  Args:
+    config: with a COLLECTION.
+    workdir: of the collection; the cells' too, unless `table.cells_dir` is set.
+    maps: see `table`.
+
+  Returns:
+    The tables in Markdown.
+
+  Raises:
+    ValueError: see `table`.
+    RuntimeError: see `table`; all is written all the same.
+  """
+  done: list[_Written] = []
+  holes: list[Cell] = []
+  num_cells = 0
+  for part in table_config.names(config.table.parts):
+    own = runpy.run_path(part)["get_config"](config.table.size)
+    own.seed = config.seed
+    own.data.path = config.data.path
+    own.audit.num_models = config.audit.num_models
+    own.audit.models_at_once = config.audit.models_at_once
+    own.table.cells_dir = str(cells_dir(config, workdir))
+    folder = workdir / pathlib.Path(part).stem
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"== {own.table.title}", flush=True)
+    written, missing = _table(own, folder, maps)
+    done.append(written)
+    holes += missing
+    num_cells += len(cells(own, folder))
+  page.write(
+    workdir / "table.html",
+    page.page(
+      [written.chapter for written in done],
+      title=config.table.title or config.name,
+      configs={
+        name: made for written in done for name, made in written.configs.items()
+      },
+      hole=tables.HOLE,
+    ),
+  )
+  text = "\n\n".join(written.text for written in done)
+  _check_holes(text, holes, num_cells)
+  return text
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Written:
+  """One table: for the terminal, for a page, and what its cells ran."""
+
+  text: str
+  chapter: page.Chapter
+  configs: dict[str, Any]
+
+
+def _table(
+  config: config_lib.ExperimentConfig, workdir: pathlib.Path, maps: Maps
+) -> tuple[_Written, list[Cell]]:
+  """Runs what is missing and writes all but the page; also what has failed."""
   _check_done(config, workdir)
   _run_missing(config, workdir)
   if config.table.subject is config_lib.TableSubject.RESULTS:
-    text = _write_results(config, workdir, maps)
+    text, chapter = _write_results(config, workdir, maps)
   else:
-    text = _write_training(config, workdir)
-  holes = [cell for cell in cells(config, workdir) if not is_done(config, cell)]
+    text, chapter = _write_training(config, workdir)
+  done = [cell for cell in cells(config, workdir) if is_done(config, cell)]
+  written = _Written(
+    text=text,
+    chapter=chapter,
+    configs={
+      # Two tables may have a cell under two names.
+      f"{cell.folder.parent.parent.name}/{cell.task}/{cell.name}": (
+        records.read_json(cell.folder / "config.json")
+      )
+      for cell in done
+    },
+  )
+  return written, [
+    cell for cell in cells(config, workdir) if not is_done(config, cell)
+  ]
+
+
+def _check_holes(text: str, holes: Sequence[Cell], num_cells: int) -> None:
+  """Raises where a cell has no record; what there is, is shown first."""
   if holes:
     print(text)
     raise RuntimeError(
-      f"{len(holes)} of {len(cells(config, workdir))} cells have no record: "
+      f"{len(holes)} of {num_cells} cells have no record: "
       + "; ".join(f"{cell.task}, {cell.row}" for cell in holes)
       + ". What went wrong stands above. Give the same command again to run"
       " them alone."
     )
-  return text
 
 
 def _write_results(
   config: config_lib.ExperimentConfig, workdir: pathlib.Path, maps: Maps
-) -> str:
-  """Table, figures and page of audits."""
+) -> tuple[str, page.Chapter]:
+  """Table and figures of audits."""
   found = collect(config, workdir)
   text = results.write(found, workdir)
   pictures = []
@@ -258,21 +355,7 @@ def _write_results(
       ),
     ],
   )
-  page.write(
-    workdir / "table.html",
-    page.page(
-      [chapter],
-      title=found.title,
-      configs={
-        f"{cell.task}, {cell.row}": records.read_json(
-          cell.folder / "config.json"
-        )
-        for cell in done
-      },
-      hole=tables.HOLE,
-    ),
-  )
-  return text
+  return text, chapter
 
 
 def _listed(path: pathlib.Path | None, caption: str) -> list[page.Picture]:
@@ -313,21 +396,32 @@ def _draw_attention(
 
 def _write_training(
   config: config_lib.ExperimentConfig, workdir: pathlib.Path
-) -> str:
+) -> tuple[str, page.Chapter]:
   """Figures of how training went, and what it came to."""
   done = [cell for cell in cells(config, workdir) if is_done(config, cell)]
-  if not done:
-    return ""
-  training_rows.write(
-    {(cell.task, cell.row): figures.read(cell.folder) for cell in done},
-    workdir,
+  pictures = []
+  text = ""
+  if done:
+    drawn = training_rows.write(
+      {(cell.task, cell.row): figures.read(cell.folder) for cell in done},
+      workdir,
+    )
+    pictures = [
+      page.Picture(path=path, caption=f"{path.stem} by epoch") for path in drawn
+    ]
+    rows = [
+      {"task": cell.task, "model": cell.row}
+      | records.read_json(cell.folder / "summary.json")
+      for cell in done
+    ]
+    text = tables.sweep_table(rows, ["task", "model", *_FINAL])
+  return text, page.Chapter(
+    title=config.table.title or config.name,
+    header=[],
+    groups=[],
+    notes=_how_chosen(config, workdir),
+    sections=[page.Section(pictures=pictures)],
   )
-  rows = [
-    {"task": cell.task, "model": cell.row}
-    | records.read_json(cell.folder / "summary.json")
-    for cell in done
-  ]
-  return tables.sweep_table(rows, ["task", "model", *_FINAL])
 
 
 def collect(

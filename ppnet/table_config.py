@@ -23,6 +23,7 @@ class TableSubject(enum.Enum):
   PIPELINES = "pipelines"  # What is done to the records of this experiment.
   RESULTS = "results"  # What models reached, and what they leaked.
   TRAINING = "training"  # How they got there: figures by epoch.
+  COLLECTION = "collection"  # Several of the latter two, and one page of all.
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -30,8 +31,11 @@ class TableConfig:
   """A table of experiments: tasks times rows, each cell a run of its own.
 
   Attributes:
-    subject: PIPELINES; RESULTS, whose cells are AUDIT jobs; or TRAINING, whose
-      cells are TRAIN jobs. The other fields are about the latter two.
+    subject: PIPELINES; RESULTS, whose cells are AUDIT jobs; TRAINING, whose
+      cells are TRAIN jobs; or COLLECTION. The other fields are about the latter
+      three.
+    parts: of a COLLECTION alone: config files of tables with commas between
+      them, each given `size`. They share cells, seed and number of models.
     title: above the table.
     cell_config: the file in `configs/` that makes one cell's experiment of
       "TASK,ROW,SIZE"; every cell can be run by itself.
@@ -49,6 +53,7 @@ class TableConfig:
   """
 
   subject: TableSubject = TableSubject.PIPELINES
+  parts: str = ""
   title: str = ""
   cell_config: str = ""
   tasks: str = ""
@@ -85,11 +90,13 @@ def validate(config: TableConfig) -> None:
   """Raises ValueError, naming the field, its value and what to do."""
   if config.subject is TableSubject.PIPELINES:
     return
-  for field in ("cell_config", "tasks", "rows", "size"):
+  is_collection = config.subject is TableSubject.COLLECTION
+  needed = ("cell_config", "tasks", "rows", "size")
+  for field in ("parts", "size") if is_collection else needed:
     if not names(getattr(config, field)):
       checks.fail(
         f"table.{field} not to be empty",
-        "configs/paper/table2.py sets it.",
+        f"configs/paper/{'all' if is_collection else 'table2'}.py sets it.",
         **{f"table.{field}": getattr(config, field)},
       )
   found = labels(config.rows)

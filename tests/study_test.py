@@ -188,6 +188,58 @@ def test_a_page_has_the_curves_of_all_cells(started, tmp_path):
     assert base64.b64encode(row.encode()).decode() in page
 
 
+_PART = """
+from ppnet import config
+
+
+def get_config(size):
+  return config.ExperimentConfig(
+    name="part",
+    job=config.Job.TABLE,
+    table=config.TableConfig(
+      subject=config.TableSubject.RESULTS,
+      title="Part {rows}",
+      cell_config="cell.py",
+      tasks="fsdd",
+      rows="{rows}",
+      size=size,
+    ),
+  )
+"""
+
+
+def test_a_collection_is_several_tables_with_shared_cells(started, tmp_path):
+  for name, rows in (("one", "plain,private"), ("two", "plain,dp_2=x")):
+    pathlib.Path(f"{name}.py").write_text(_PART.format(rows=rows))
+  config = experiment(
+    subject=config_lib.TableSubject.COLLECTION, parts="one.py,two.py", rows=""
+  )
+  workdir = tmp_path / "all"
+  main.run_job(config, workdir)
+  assert len(started) == 3
+  assert all("--config.seed=7" in command for command in started)
+  assert (workdir / "cells" / "fsdd" / "x" / "audit.json").exists()
+  for name in ("one", "two"):
+    assert (workdir / name / "table.tex").exists()
+  page = (workdir / "table.html").read_text()
+  assert page.count("<h2>Part") == 2
+  assert page.count("<details>") == 3  # A shared cell stands there once.
+  main.run_job(config, workdir)
+  assert len(started) == 3
+  (workdir / "cells" / "fsdd" / "x" / "audit.json").unlink()
+  with pytest.raises(FileExistsError):  # The fake's: it was started.
+    main.run_job(config, workdir)
+
+
+def test_the_papers_collection_has_every_table_of_results():
+  config = load("all", "cpu")
+  config_lib.validate(config)
+  folder = pathlib.Path(__file__).parents[1] / "configs" / "paper"
+  others = {path.stem for path in folder.glob("*.py")} - {"all", "cell"}
+  parts = {pathlib.Path(part).stem for part in config.table.parts.split(",")}
+  assert parts == others - {"table1"}  # It is about data alone.
+
+
 def test_a_cell_is_a_command_that_a_person_may_give(tmp_path):
   config = experiment()
   command = study.command(config, tmp_path, study.cells(config, tmp_path)[1])
@@ -214,13 +266,18 @@ def test_a_table_of_training_trains_and_draws(monkeypatch, tmp_path):
       "".join(f"{json.dumps(row)}\n" for row in rows)
     )
     (folder / "summary.json").write_text('{"accuracy": 0.625}')
+    plain = {"config": {}} | workdirs.provenance()
+    (folder / "config.json").write_text(json.dumps(plain))
     return subprocess.CompletedProcess(command, 0)
 
   monkeypatch.setattr(study, "subprocess", types.SimpleNamespace(run=fake))
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "cell.py").write_text(_CELL)
   config = experiment(subject=config_lib.TableSubject.TRAINING, tasks="fsdd")
   assert "0.6250" in study.table(config, tmp_path, maps=None)
   for name in ("losses", "indicators"):
     assert (tmp_path / "figures" / f"{name}.png").exists()
+    assert f"{name} by epoch" in (tmp_path / "table.html").read_text()
 
 
 def test_tables_share_a_folder_of_cells(started, tmp_path):
