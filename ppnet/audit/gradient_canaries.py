@@ -21,8 +21,13 @@ together cost one pass over the gradient.
 (`tests/privacy`, `tests/train/engines_test.py`), and what follows the sum is
 the same code.
 
-*Canaries count.* N, q, the noise and the claim are those of the data and the
-canaries together.
+*Canaries count.* They are units among the N, and the expected batch grows with
+N, so that q, the noise multiplier and the number of steps are those of the
+configuration: what is audited is the configured mechanism and no weaker one.
+Microbatches of canaries alone do without the network, so that most of what they
+cost is one pass over the parameters each.
+
+What the scores prove is `audit.bounds`' and `audit.assess`' to say.
 """
 
 import dataclasses
@@ -31,13 +36,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import dp_accounting
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
-from scipy import stats
 
 from ppnet import config as config_lib
 from ppnet.core import checks, prng
@@ -56,12 +59,6 @@ CANARY_KEY = "canary"
 # clip norm follows a quantile upwards, and little enough that a run without
 # clipping stays finite.
 _LENGTH = 10.0
-# Shares of the canaries that are guessed; fixed before anything is seen, so
-# that trying all of them costs a factor in the significance and no validity.
-_SHARES = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
-# Of all tries, those that the costlier estimator looks at: its best is among
-# the best of the cheap one, and a maximum over fewer is a bound as well.
-_NUM_CLOSER = 3
 # Of the four streams of randomness that a seeded audit derives.
 _COINS, _DIRECTIONS, _SAMPLER, _NOISE = range(100, 104)
 
@@ -107,70 +104,32 @@ class Subject:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GradientCanaryAudit:
-  """What an observer of every noisy sum could tell of the canaries.
+class Scored:
+  """What an observer of every noisy sum says of the canaries.
 
   Attributes:
-    num_canaries: m.
     is_in: whether each was in the training set, bool[m].
-    scores: of each, higher says "in", f64[m]; see `score`.
+    scores: of each, higher says "in", f64[m]; see `scores_of`.
     score: name of the score.
-    bounds: estimator to lower bound on epsilon at delta; see `lower_bounds` for
-      what each assumes. Each misses with half the probability that is allowed.
-    estimator: of the two in `DECIDING`, the one with the larger bound.
-    epsilon_lower_bound: that bound.
-    confidence: probability that both are below the true epsilon.
-    claimed_epsilon: of the mechanism, for these steps; inf without guarantee.
-    delta: of both.
-    exceeds: the bound is above the claim: at this confidence, the claim is
-      false.
-    num_steps: steps that were taken.
-    num_units: N, canaries included.
-    sampling_prob: q.
-    noise_multiplier: that the claim is about.
   """
 
-  num_canaries: int
   is_in: np.ndarray
   scores: np.ndarray
   score: str
-  bounds: Mapping[str, float]
-  estimator: str
-  epsilon_lower_bound: float
-  confidence: float
-  claimed_epsilon: float
-  delta: float
-  exceeds: bool
-  num_steps: int
-  num_units: int
-  sampling_prob: float
-  noise_multiplier: float
 
 
-def audit(
-  experiment: loop.Experiment, *, num_canaries: int, confidence: float
-) -> GradientCanaryAudit:
-  """Audits the configured training, from its first step to its last.
+def subject(experiment: loop.Experiment, *, num_canaries: int) -> Subject:
+  """The configured training with canaries among its units.
 
-  Trains a model of its own, which nothing is written of. All randomness is
-  fresh, unless the configuration seeds the noise.
+  Trains a model of its own, which nothing is written of.
 
   Args:
     experiment: from `train.loop.open_experiment`.
     num_canaries: m; `config.audit.num_gradient_canaries`.
-    confidence: of the bounds; `config.audit.confidence`.
 
   Raises:
-    ValueError: fewer parameters than canaries, or a mechanism that cannot be
-      built for the records and the canaries.
+    ValueError: a mechanism that cannot be built for records and canaries.
   """
-  return Auditor(subject(experiment, num_canaries=num_canaries))(
-    confidence=confidence, seed=experiment.config.privacy.noise_seed
-  )
-
-
-def subject(experiment: loop.Experiment, *, num_canaries: int) -> Subject:
-  """The configured training with canaries among its units."""
   config, program = experiment.config, experiment.program
   num_units = (
     len(experiment.training)
@@ -184,7 +143,10 @@ def subject(experiment: loop.Experiment, *, num_canaries: int) -> Subject:
   if is_trained is not None:
     num_stacked_axes, _ = lora.partition(num_stacked_axes, is_trained)
   return Subject(
-    mechanism=mechanism_lib.build(config, num_units + num_canaries),
+    mechanism=mechanism_lib.build(
+      enlarged(config, num_units=num_units, num_canaries=num_canaries),
+      num_units + num_canaries,
+    ),
     num_canaries=num_canaries,
     loss_fn=losses.make_loss_fn(program.model, config.attention_noise),
     frozen=program.frozen(),
@@ -201,6 +163,34 @@ def subject(experiment: loop.Experiment, *, num_canaries: int) -> Subject:
     root_key=program.root_key,
     num_stacked_axes=num_stacked_axes,
     on_mesh=functools.partial(mesh_lib.within, program.mesh),
+  )
+
+
+def enlarged(
+  config: config_lib.ExperimentConfig, *, num_units: int, num_canaries: int
+) -> config_lib.ExperimentConfig:
+  """The configuration for more units at the same sampling probability.
+
+  Were the batch left as it is, more canaries would make each of them rarer and
+  the noise smaller, and 10,000 of them prove less than 4,000 (BUILD_NOTES.md).
+
+  Args:
+    config: for `num_units`.
+    num_units: N of the data.
+    num_canaries: m, to be added.
+  """
+
+  def grown(size: int) -> int:
+    whole = num_units + num_canaries
+    return max(1, min(whole, round(size * whole / num_units)))
+
+  size, most = config.train.expected_batch_size, config.privacy.max_batch_size
+  return dataclasses.replace(
+    config,
+    train=dataclasses.replace(config.train, expected_batch_size=grown(size)),
+    privacy=dataclasses.replace(
+      config.privacy, max_batch_size=most and grown(most)
+    ),
   )
 
 
@@ -313,6 +303,41 @@ def project(tree: Any, codes: Any, *, num_canaries: int) -> Float[Array, " m"]:
   return total / math.sqrt(size)
 
 
+def canary_loss(
+  codes: Any, *, num_canaries: int, length: float
+) -> losses.LossFn:
+  """The loss of canaries alone.
+
+  Args:
+    codes: from `directions`.
+    num_canaries: m.
+    length: norm of a canary's gradient.
+
+  Returns:
+    `loss_fn(params, batch) -> (losses, {})` that reads "canary" i32[B] of the
+    batch and nothing else; 0 where it is -1. It takes no `ops`: VMAP alone
+    computes its gradients.
+  """
+  size = sum(leaf.size for leaf in jax.tree.leaves(codes)) // num_canaries
+
+  def own_loss(params, number: Int[Array, ""]):
+    products = jax.tree.map(
+      lambda leaf, code: jnp.sum(
+        jnp.where(jnp.abs(code) == number + 1, leaf * jnp.sign(code), 0.0)
+      ),
+      params,
+      codes,
+    )
+    # Records (-1) match the coordinates of nobody, whose code is 0.
+    return length / math.sqrt(size) * sum(jax.tree.leaves(products))
+
+  def loss_fn(params, batch):
+    number = batch[CANARY_KEY]
+    return jax.vmap(own_loss, in_axes=(None, 0))(params, number), {}
+
+  return loss_fn
+
+
 def with_canaries(
   loss_fn: losses.LossFn, codes: Any, *, num_canaries: int, length: float
 ) -> losses.LossFn:
@@ -325,28 +350,15 @@ def with_canaries(
     length: norm of a canary's gradient.
 
   Returns:
-    `loss_fn(params, batch) -> (losses, terms)` that reads "canary" i32[B] of
-    the batch. It takes no `ops`: VMAP alone computes its gradients.
+    `loss_fn(params, batch) -> (losses, terms)`; see `canary_loss`.
   """
-  size = sum(leaf.size for leaf in jax.tree.leaves(codes)) // num_canaries
-
-  def own_loss(params, number: Int[Array, ""]):
-    # Records (-1) match the coordinates of nobody (0), and are masked below.
-    products = jax.tree.map(
-      lambda leaf, code: jnp.sum(
-        jnp.where(jnp.abs(code) == number + 1, leaf * jnp.sign(code), 0.0)
-      ),
-      params,
-      codes,
-    )
-    return length / math.sqrt(size) * sum(jax.tree.leaves(products))
+  of_canaries = canary_loss(codes, num_canaries=num_canaries, length=length)
 
   def both(params, batch):
     rest = {name: batch[name] for name in batch if name != CANARY_KEY}
-    number = batch[CANARY_KEY]
     values, terms = loss_fn(params, rest)
-    own = jax.vmap(own_loss, in_axes=(None, 0))(params, number)
-    return jnp.where(number >= 0, own, values), terms
+    own, _ = of_canaries(params, batch)
+    return jnp.where(batch[CANARY_KEY] >= 0, own, values), terms
 
   return both
 
@@ -385,62 +397,40 @@ class Auditor:
     self._mechanism = dataclasses.replace(
       mechanism, engine=config_lib.Engine.VMAP
     )
-    self._subject = subject
-    self._accumulate = jax.jit(
-      subject.on_mesh(self._traced_accumulate), donate_argnames="grad_sum"
-    )
+    self.subject = subject
+    self._accumulate = {
+      has_records: jax.jit(
+        subject.on_mesh(
+          functools.partial(self._traced_accumulate, has_records=has_records)
+        ),
+        donate_argnames="grad_sum",
+      )
+      for has_records in (False, True)
+    }
     self._update = jax.jit(
       self._traced_update, donate_argnames=("state", "noise_state")
     )
 
-  def __call__(
-    self, *, confidence: float, seed: int | None
-  ) -> GradientCanaryAudit:
-    """Trains once, watches, and bounds epsilon from below.
+  def __call__(self, *, seed: int | None) -> Scored:
+    """Trains once and watches, from the first step to the last.
 
     Args:
-      confidence: of the bounds, in [0.5, 1).
       seed: of coins, directions, batches and noise; None takes each from the
         operating system's entropy.
 
     Raises:
-      ValueError: the training diverged, so that nothing can be read off.
+      ValueError: fewer parameters than canaries, or the training diverged, so
+        that nothing can be read off.
     """
-    mechanism, num_canaries = self._mechanism, self._subject.num_canaries
+    mechanism = self._mechanism
     coins = np.random.default_rng(_root(seed, _COINS))
-    is_in = coins.random(num_canaries) < 0.5
-    seen = self.observe(is_in, seed=seed)
+    is_in = coins.random(self.subject.num_canaries) < 0.5
     scores, score = scores_of(
-      seen,
+      self.observe(is_in, seed=seed),
       sampling_prob=mechanism.sampling_prob,
       noise_multiplier=_noise_multiplier(mechanism),
     )
-    bounds = lower_bounds(
-      scores,
-      is_in,
-      significance=(1 - confidence) / len(DECIDING),
-      delta=mechanism.delta,
-    )
-    claimed = mechanism.epsilon(mechanism.num_steps)
-    estimator = max(DECIDING, key=bounds.__getitem__)
-    bound = bounds[estimator]
-    return GradientCanaryAudit(
-      num_canaries=num_canaries,
-      is_in=is_in,
-      scores=scores,
-      score=score,
-      bounds=bounds,
-      estimator=estimator,
-      epsilon_lower_bound=bound,
-      confidence=confidence,
-      claimed_epsilon=claimed,
-      delta=mechanism.delta,
-      exceeds=bound > claimed,
-      num_steps=mechanism.num_steps,
-      num_units=mechanism.sampler.num_examples,
-      sampling_prob=mechanism.sampling_prob,
-      noise_multiplier=mechanism.noise_multiplier,
-    )
+    return Scored(is_in=is_in, scores=scores, score=score)
 
   def observe(self, is_in: np.ndarray, *, seed: int | None) -> np.ndarray:
     """Trains once and returns <noisy sum, u_j> of every step.
@@ -453,7 +443,7 @@ class Auditor:
       float64 [T, m], in units of the clip norm: 1 is a canary's clipped
       gradient.
     """
-    subject, mechanism = self._subject, self._mechanism
+    subject, mechanism = self.subject, self._mechanism
     state = subject.init()
     codes = directions(
       state.params,
@@ -478,7 +468,7 @@ class Auditor:
     for data in self._steps(is_in, seed=seed):
       grad_sum = step_lib.init_grad_sum(state.params)
       for microbatch in data["microbatches"]:
-        grad_sum = self._accumulate(
+        grad_sum = self._accumulate[_has_records(microbatch)](
           grad_sum,
           state.params,
           subject.put_batch(microbatch),
@@ -506,7 +496,7 @@ class Auditor:
 
   def _steps(self, is_in: np.ndarray, *, seed: int | None) -> Any:
     """The trainer's microbatches, canaries that are not in left out."""
-    subject, mechanism = self._subject, self._mechanism
+    subject, mechanism = self.subject, self._mechanism
     num_others = self._num_others
     sampler: Any = mechanism.sampler
     if hasattr(sampler, "root"):
@@ -546,15 +536,25 @@ class Auditor:
     clip_norm: Array | None,
     frozen: Any,
     codes: Any,
+    *,
+    has_records: bool,
   ) -> step_lib.GradSum:
     """`step.accumulate` with canaries in the loss."""
-    subject, mechanism = self._subject, self._mechanism
-    loss_fn = with_canaries(
-      lora.with_frozen(subject.loss_fn, frozen) if frozen else subject.loss_fn,
-      codes,
-      num_canaries=subject.num_canaries,
-      length=_LENGTH * mechanism.l2_clip_norm,
-    )
+    subject, mechanism = self.subject, self._mechanism
+    options: Any = {
+      "num_canaries": subject.num_canaries,
+      "length": _LENGTH * mechanism.l2_clip_norm,
+    }
+    if has_records:
+      loss_fn = with_canaries(
+        lora.with_frozen(subject.loss_fn, frozen)
+        if frozen
+        else subject.loss_fn,
+        codes,
+        **options,
+      )
+    else:
+      loss_fn = canary_loss(codes, **options)
     grad_sum, _ = step_lib.accumulate(
       grad_sum,
       params,
@@ -580,7 +580,7 @@ class Auditor:
     codes: Any,
   ) -> tuple[state_lib.TrainState, Any, Mapping[str, Array]]:
     """`step.update`, its optimizer's input observed."""
-    subject = self._subject
+    subject = self.subject
     observe = observing(codes, num_canaries=subject.num_canaries)
     return step_lib.update(
       state,
@@ -633,152 +633,10 @@ def _noise_multiplier(mechanism: mechanism_lib.Mechanism) -> float:
   return mechanism.noise_stddev / bound
 
 
-# A correct mechanism meets what both assume, so either may refute a claim.
-DECIDING = ("one_run_f_dp", "gaussian_dp")
-
-
-def lower_bounds(
-  scores: np.ndarray,
-  is_in: np.ndarray,
-  *,
-  significance: float,
-  delta: float,
-) -> dict[str, float]:
-  """Lower bounds on epsilon from canaries' scores, each at `significance`.
-
-  | estimator | assumes beyond independent fair coins |
-  | --- | --- |
-  | "one_run" (Steinke et al. 2023, Theorem 5.2) | nothing |
-  | "one_run_f_dp" (Mahloujifar et al. 2024) | privacy like a Gaussian's |
-  | "gaussian_dp" (Nasr et al. 2023) | that, and canaries apart |
-
-  "Like a Gaussian's": what is refuted is mu-GDP, the mu that gives epsilon at
-  delta. DP-SGD with sampling is more private than that mu at moderate error
-  rates, and less only where false positives are rarer than delta, which m
-  canaries do not see while m delta is small. "Canaries apart": scores are
-  independent given the coins, which holds for disjoint directions under a
-  correct mechanism and may not under a faulty one: a refuted claim is refuted
-  either way, but the number is then no bound on what the faulty one does.
-
-  Guesses of the one-run bounds are the k highest scores as "in", and in half of
-  the tries as many lowest ones as "out", for twelve choices fixed in advance;
-  each is tested at a twelfth of the significance. (Choosing thresholds from the
-  scores and memberships and correcting for those that were left, as the library
-  does by default, is no test of that size.)
-
-  Args:
-    scores: float[m], finite.
-    is_in: bool[m].
-    significance: probability that a bound is too high.
-    delta: at which epsilon is bounded, in (0, 1).
-
-  Returns:
-    Estimator to bound, each at least 0.
-  """
-  checks.in_open_unit_interval(significance=significance, delta=delta)
-  num_canaries = len(scores)
-  order = np.argsort(-scores, kind="stable")
-  tries = []
-  for share in _SHARES:
-    half = max(1, int(share * num_canaries) // 2)
-    for num_in, num_out in ((2 * half, 0), (half, half)):
-      if num_in + num_out < num_canaries:
-        right = is_in[order[:num_in]].sum()
-        right += (~is_in[order[num_canaries - num_out :]]).sum()
-        tries.append((num_in + num_out, int(right)))
-  each = significance / max(len(tries), 1)
-
-  def bound(guesses_and_right, *, f_dp):
-    return _one_run(
-      num_canaries,
-      *guesses_and_right,
-      significance=each,
-      delta=delta,
-      f_dp=f_dp,
-    )
-
-  plain = functools.partial(bound, f_dp=False)
-  closer = sorted(tries, key=plain, reverse=True)[:_NUM_CLOSER]
-  bounds = {
-    "one_run": max(map(plain, tries), default=0.0),
-    "one_run_f_dp": max((bound(one, f_dp=True) for one in closer), default=0.0),
-  }
-  bounds["gaussian_dp"] = _gaussian_dp(
-    is_in[order], significance=significance, delta=delta
-  )
-  return bounds
-
-
-def _gaussian_dp(
-  ordered: np.ndarray, *, significance: float, delta: float
-) -> float:
-  """The bound from error rates at a few thresholds, canaries pooled.
-
-  mu = isf(FPR) - ppf(FNR), both rates at their Clopper-Pearson upper ends (Nasr
-  et al. 2023, Section 4.2). The library's `epsilon_from_gdp` is not used: it
-  takes the absolute value of mu, and upper ends of both rates say nothing about
-  a negative one, so that scores without any information get a bound above 2.
-
-  Args:
-    ordered: memberships, highest score first, bool[m].
-    significance: as in `lower_bounds`.
-    delta: as in `lower_bounds`.
-  """
-  num_in = int(ordered.sum())
-  num_out = len(ordered) - num_in
-  if not num_in or not num_out:
-    return 0.0
-  places = {int(share * len(ordered)) for share in _SHARES}
-  places |= {len(ordered) - place for place in places}
-  each = significance / (2 * len(places))
-  found = 0.0
-  for place in places:
-    caught = int(ordered[:place].sum())
-    rates = (
-      _upper(place - caught, num_out, each),
-      _upper(num_in - caught, num_in, each),
-    )
-    found = max(found, stats.norm.isf(rates[0]) - stats.norm.ppf(rates[1]))
-  if found <= 0:
-    return 0.0
-  return float(dp_accounting.get_epsilon_gaussian(1 / float(found), delta))
-
-
-def _upper(count: int, total: int, significance: float) -> float:
-  """Clopper and Pearson's upper end for a rate."""
-  if count == total:
-    return 1.0
-  return float(stats.beta.isf(significance, count + 1, total - count))
-
-
-def _one_run(
-  num_canaries: int,
-  num_guesses: int,
-  num_right: int,
-  *,
-  significance: float,
-  delta: float,
-  f_dp: bool,
-) -> float:
-  """The bound from so many guesses, fixed in number, of which some are right.
-
-  The library takes scores; those that give it these counts are 1 for a guess
-  and 0 for an abstention, right guesses among its first argument.
-  """
-  if 2 * num_right <= num_guesses:
-    return 0.0
-  from jax_privacy import auditing  # Takes a second; most jobs do not ask.
-
-  auditor = auditing.CanaryScoreAuditor(
-    np.ones(num_right),
-    np.repeat(
-      [1.0, 0.0], [num_guesses - num_right, num_canaries - num_guesses]
-    ),
-  )
-  bound = auditor.epsilon_one_run_fdp if f_dp else auditor.epsilon_one_run
-  return float(
-    bound(significance, delta, threshold_strategy=auditing.Explicit(0.5))
-  )
+def _has_records(microbatch: Mapping[str, np.ndarray]) -> bool:
+  """Whether some row is neither a canary nor padding."""
+  is_record = microbatch[CANARY_KEY] < 0
+  return bool((is_record & ~microbatch[batching.PADDING_KEY]).any())
 
 
 def _root(seed: int | None, domain: int) -> int:

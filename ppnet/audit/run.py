@@ -360,19 +360,31 @@ def _gradient_trials(experiment: loop.Experiment) -> list[assess.Trials]:
   if not count:
     return []
   subject = gradient_canaries.subject(experiment, num_canaries=count)
-  found = gradient_canaries.Auditor(subject)(
-    confidence=config.audit.confidence, seed=config.privacy.noise_seed
-  )
   return [
-    assess.Trials(
-      observer="sees every noisy sum of one run and guesses which of"
-      f" {count:,} planted gradients it had (white box)",
-      scores=found.scores,
-      is_in=found.is_in,
-      methods=("one_run", "f_dp_one_run", "gaussian"),
-      claim=claim_of(subject.mechanism),
+    white_box_trials(
+      gradient_canaries.Auditor(subject), seed=config.privacy.noise_seed
     )
   ]
+
+
+def white_box_trials(
+  auditor: gradient_canaries.Auditor, *, seed: int | None
+) -> assess.Trials:
+  """Coins of one run's gradient canaries beside what its mechanism claims.
+
+  Args:
+    auditor: of the run; trains once.
+    seed: of the run; None takes the operating system's entropy.
+  """
+  found = auditor(seed=seed)
+  return assess.Trials(
+    observer="sees every noisy sum of one run and guesses which of"
+    f" {found.scores.size:,} planted gradients it had (white box)",
+    scores=found.scores,
+    is_in=found.is_in,
+    methods=("one_run", "f_dp_one_run", "gaussian"),
+    claim=claim_of(auditor.subject.mechanism),
+  )
 
 
 def _secrets(

@@ -232,6 +232,35 @@ def test_every_bound_says_what_it_is_about(fn):
   assert low < high
 
 
+@pytest.mark.parametrize("rate", [0.004, 0.05, 0.3])
+def test_a_gaussian_curve_is_refuted_no_oftener_than_it_should(rate):
+  """Exactly, over all numbers of errors that 40 in and 30 out can show."""
+  mu, significance, num_in, num_out = 1.0, 0.1, 40, 30
+  misses = stats.norm.cdf(stats.norm.isf(rate) - mu)
+  refuted = independent = 0.0
+  for alarms in range(num_out):
+    of_alarms = stats.binom.pmf(alarms, num_out, rate)
+    for missed in range(num_in):
+      counts = bounds._Counts(missed, num_in, alarms, num_out)
+      both = of_alarms * stats.binom.pmf(missed, num_in, misses)
+      if both < 1e-6:
+        continue
+      chance = bounds._chance_of_fewer_errors(counts, significance)
+      refuted += both * (chance(mu) <= significance)
+      # An upper end for each rate, as both were once bounded.
+      ends = [
+        stats.beta.isf(significance / 2, count + 1, size - count)
+        for count, size in ((missed, num_in), (alarms, num_out))
+      ]
+      gap = stats.norm.isf(ends[1]) - stats.norm.ppf(ends[0])
+      independent += both * (gap > mu)
+      assert chance(0.5) <= chance(mu) <= chance(2.0)
+  assert refuted <= significance
+  assert refuted > independent or rate < 0.01
+  # Fails if: rates are searched too coarsely, the risk of their interval is not
+  # counted, or ties are left out.
+
+
 @pytest.mark.parametrize("fn", [bounds.clopper_pearson, bounds.gaussian])
 def test_a_threshold_known_beforehand_lets_all_trials_judge(fn):
   scores, is_in = gaussian_mechanism(8.0, 2000, 1)
