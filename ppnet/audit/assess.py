@@ -446,6 +446,10 @@ def _auc(ranked: metrics.Ranked, labels: np.ndarray) -> float:
 def headline(record: Mapping[str, Any]) -> dict[str, float | None]:
   """What `summary.json` gets of an audit.
 
+  Where no finished run was judged, also the means over the shadow models of
+  what each is worth on the test split, such as `accuracy`, and `num_models`,
+  which says of how many: each of them was trained on half of the records.
+
   Each number is that of the attack that does best by it. `leakage` is judged on
   the scores that chose its threshold; `leakage_held_out` is not, and None where
   there is no other model to choose on; `leakage_by_chance` is what `leakage`
@@ -453,11 +457,18 @@ def headline(record: Mapping[str, Any]) -> dict[str, float | None]:
 
   Args:
     record: as in `audit.json`: "membership" from `attacks`, "bounds" from
-      `bound`.
+      `bound`, and "utility", a row per shadow model.
   """
   found = record["membership"]
   strongest = found["strongest"]
-  return {
+  worth: dict[str, float | None] = {}
+  utility = record.get("utility")
+  if utility and found["judged"] == "shadow models":
+    worth = {
+      name: float(np.mean([own[name] for own in utility]))
+      for name in utility[0]
+    } | {"num_models": len(utility)}
+  return worth | {
     "leakage": strongest["advantage"]["value"],
     "leakage_held_out": (found["held_out"] or {}).get("value"),
     "leakage_by_chance": found["chance"]["mean"],

@@ -10,6 +10,7 @@ by no guarantee.
 """
 
 import dataclasses
+import hashlib
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -86,7 +87,6 @@ def audit(
   """
   experiment = loop.open_experiment(config, workdir)
   models = _models(experiment, is_finished=workdirs.is_finished(workdir))
-  models.table.save(workdir / "audit" / "scores.npz")
   trials = [
     *assess.black_box_trials(models.table, models.claim),
     *_gradient_trials(experiment),
@@ -166,15 +166,24 @@ def _models(experiment: loop.Experiment, *, is_finished: bool) -> Models:
     answer_ids=experiment.tokenizer.answer_ids.tolist(),
     test=test,
   )
-  table = scores.table(
-    config, trained, pool, decode=experiment.tokenizer.decode
-  )
-  if is_finished:
-    table = _with_target(
-      table, experiment, pool, trained, num_members=num_members
+  target = loop.restore(experiment)[0].params if is_finished else None
+
+  def score() -> score_table.ScoreTable:
+    table = scores.table(
+      config, trained, pool, decode=experiment.tokenizer.decode
     )
+    if target is None:
+      return table
+    return _with_target(
+      table, target, experiment, pool, trained, num_members=num_members
+    )
+
   return Models(
-    table=table,
+    table=score_table.kept(
+      experiment.workdir / "audit" / "scores.npz",
+      made_from=_made_from(trained, target),
+      make=score,
+    ),
     claim=claim_of(trained.mechanism),
     claimed=_claimed(experiment, is_finished=is_finished),
     secrets=_secrets(experiment, trained, planted),
@@ -318,8 +327,27 @@ def _pool(
   ), planted
 
 
+def _made_from(trained: shadows.Shadows, target: Any) -> dict[str, Any]:
+  """What all scores follow from: the design, the models and the target.
+
+  The design's file names the experiment and the pool by their hashes.
+  """
+  first = trained.paths[0]
+  digest = hashlib.sha256()
+  for leaf in jax.tree.leaves(jax.device_get(target)):
+    digest.update(np.ascontiguousarray(leaf).tobytes())
+  return {
+    "design": records.read_json(first.with_name("design.json")),
+    "models": [
+      hashlib.sha256(path.read_bytes()).hexdigest() for path in trained.paths
+    ],
+    "finished_run": digest.hexdigest(),
+  }
+
+
 def _with_target(
   table: score_table.ScoreTable,
+  params: Any,
   experiment: loop.Experiment,
   pool: pool_lib.Pool,
   trained: shadows.Shadows,
@@ -328,7 +356,6 @@ def _with_target(
 ) -> score_table.ScoreTable:
   """The table with the finished run in front; the pool's first are members."""
   config = experiment.config
-  state, _ = loop.restore(experiment)
   score = scores.Scorer(
     config,
     trained.program,
@@ -336,7 +363,7 @@ def _with_target(
     decode=experiment.tokenizer.decode,
   )
   own = score(
-    jax.tree.map(lambda leaf: leaf[None], jax.device_get(state.params)),
+    jax.tree.map(lambda leaf: leaf[None], jax.device_get(params)),
     np.asarray(jax.random.key_data(experiment.program.root_key))[None],
     pool,
   )

@@ -17,7 +17,7 @@ array([], dtype=int64)
 import dataclasses
 import io
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -194,6 +194,35 @@ def load(path: pathlib.Path) -> ScoreTable:
       groups=named["groups"],
       partner=saved["partner"],
     )
+
+
+def kept(
+  path: pathlib.Path,
+  *,
+  made_from: Mapping[str, object],
+  make: Callable[[], ScoreTable],
+) -> ScoreTable:
+  """The table in a file, or where it is of something else, a new one in it.
+
+  What it was made from stands in `path` with the suffix .made-from.json, which
+  is removed before the table is replaced and written after it: a kill in
+  between costs a table and mixes none.
+
+  Args:
+    path: of the table (.npz).
+    made_from: plain values that all scores follow from.
+    make: computes the table.
+  """
+  path = _checked_path(path)
+  beside = path.with_suffix(".made-from.json")
+  plain = records.to_plain(dict(made_from))
+  if path.exists() and beside.exists() and records.read_json(beside) == plain:
+    return load(path)
+  table = make()
+  beside.unlink(missing_ok=True)
+  table.save(path)
+  records.write_json(beside, plain)
+  return table
 
 
 def _checked_path(path: pathlib.Path) -> pathlib.Path:

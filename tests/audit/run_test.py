@@ -46,7 +46,7 @@ def stand_in(monkeypatch, *, epsilon, shift, noise=1.0, has_target=False):
         "seeded": False,
       },
       secrets={},
-      utility=[{"accuracy": 0.5}],
+      utility=[{"accuracy": 0.5}, {"accuracy": 0.75}],
       robustness=None,
     )
 
@@ -73,10 +73,6 @@ def stand_in(monkeypatch, *, epsilon, shift, noise=1.0, has_target=False):
       table, confidence=confidence, num_draws=20
     ),
   )
-  # Only the table is real here.
-  monkeypatch.setattr(
-    run.score_table.ScoreTable, "save", lambda self, path: None
-  )
   config = tiny.experiment()
   config.job = config_lib.Job.AUDIT
   return config
@@ -94,11 +90,12 @@ def test_an_audit_leaves_its_record_report_figure_and_summary(
   for name in ("roc.png", "roc.pdf"):
     assert (tmp_path / "figures" / name).stat().st_size > 5000
   summary = records.read_json(tmp_path / "summary.json")
-  assert set(summary) == {"name", *NUM_KEYS}
+  assert set(summary) == {"name", "accuracy", "num_models", *NUM_KEYS}
+  assert (summary["accuracy"], summary["num_models"]) == (0.625, 2)
   assert summary["epsilon_lower_bound"] == max(
     row["epsilon"] for row in record["bounds"]
   )
-  assert record["utility"] == [{"accuracy": 0.5}]
+  assert record["utility"] == [{"accuracy": 0.5}, {"accuracy": 0.75}]
   assert record["robustness"] is None  # It was not asked for.
   # All bounds share the risk: five of them here.
   assert len(record["bounds"]) == 5
@@ -108,14 +105,16 @@ def test_an_audit_leaves_its_record_report_figure_and_summary(
 
 def test_a_finished_run_s_summary_keeps_what_it_says(monkeypatch, tmp_path):
   config = stand_in(monkeypatch, epsilon=4.0, shift=1.0, noise=2.0)
-  before = {"num_steps": 6, "accuracy": 0.5, "leakage": 0.01}
+  before = {"num_steps": 6, "accuracy": 0.125, "leakage": 0.01}
   records.write_json(tmp_path / "summary.json", before)
   records.write_json(
     tmp_path / "config.json", {"config": records.to_plain(config)}
   )
   main.run_job(config, tmp_path)
   summary = records.read_json(tmp_path / "summary.json")
-  assert (summary["num_steps"], summary["accuracy"]) == (6, 0.5)
+  # Of the run, and not of the shadow models.
+  assert (summary["num_steps"], summary["accuracy"]) == (6, 0.125)
+  assert "num_models" not in summary
   assert summary["leakage"] > 0.1  # The strongest attack's now.
   assert workdirs.is_finished(tmp_path)
   record = records.read_json(tmp_path / "audit.json")

@@ -117,3 +117,46 @@ def test_a_killed_save_leaves_the_old_table(tmp_path):
   assert zipfile.is_zipfile(path)
   assert score_table.load(path).record_ids == old.record_ids
   # Fails if: the table is written in place.
+
+
+def test_a_kept_table_is_read_as_long_as_it_is_of_the_same_things(tmp_path):
+  path = tmp_path / "scores.npz"
+  made = []
+
+  def get(made_from, table):
+    def compute():
+      made.append(table)
+      return table
+
+    return score_table.kept(path, made_from=made_from, make=compute)
+
+  first, second = make(), make(record_ids=tuple("vwxyz"))
+  get({"models": ["a"]}, first)
+  assert get({"models": ["a"]}, second).record_ids == first.record_ids
+  assert get({"models": ["b"]}, second).record_ids == second.record_ids
+  assert get({"models": ["b"]}, first).record_ids == second.record_ids
+  assert made == [first, second]
+
+
+def test_a_kill_while_a_kept_table_is_replaced_mixes_nothing(
+  tmp_path, monkeypatch
+):
+  path = tmp_path / "scores.npz"
+  old, new = make(), make(record_ids=tuple("vwxyz"))
+  kept = score_table.kept
+  kept(path, made_from={"models": "old"}, make=lambda: old)
+  write_json = records.write_json
+
+  def killed(where, value):
+    if where.name.endswith(".made-from.json"):
+      raise KeyboardInterrupt
+    write_json(where, value)
+
+  monkeypatch.setattr(records, "write_json", killed)
+  with pytest.raises(KeyboardInterrupt):
+    kept(path, made_from={"models": "new"}, make=lambda: new)
+  monkeypatch.undo()
+  # The new scores are there, and nobody takes them for the old models'.
+  assert score_table.load(path).record_ids == new.record_ids
+  found = kept(path, made_from={"models": "old"}, make=lambda: old)
+  assert found.record_ids == old.record_ids
