@@ -566,8 +566,8 @@ def _chance_of_fewer_errors(
   if not counts.alarms:
     smaller = np.append(0.0, smaller[1:])
   alarms = np.arange(
-    stats.binom.ppf(_TAIL, num_out, smaller[0]).clip(0),
-    stats.binom.isf(_TAIL, num_out, larger[-1]) + 1,
+    max(0, int(stats.binom.ppf(_TAIL, num_out, smaller[0]))),
+    int(stats.binom.isf(_TAIL, num_out, larger[-1])) + 1,
   )
   allowed = _upper_quantile(np.arange(num_in + 1), num_in)
   # The most misses that are as few; ties belong to them.

@@ -329,7 +329,9 @@ def canary_loss(
       codes,
     )
     # Records (-1) match the coordinates of nobody, whose code is 0.
-    return length / math.sqrt(size) * sum(jax.tree.leaves(products))
+    total = sum(jax.tree.leaves(products))
+    assert isinstance(total, jax.Array)  # There is a parameter.
+    return length / math.sqrt(size) * total
 
   def loss_fn(params, batch):
     number = batch[CANARY_KEY]
