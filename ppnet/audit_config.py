@@ -26,6 +26,8 @@ class AuditConfig:
       0 leaves it out.
     robustness: also measure how the shadow models bear noise and missing
       modalities.
+    inversion: also draw a training picture from its gradient at several levels
+      of noise; for records with one picture each.
     confidence: of the lower bounds on epsilon and of all intervals.
   """
 
@@ -35,6 +37,7 @@ class AuditConfig:
   num_canaries: int = 0
   num_gradient_canaries: int = 1000
   robustness: bool = False
+  inversion: bool = False
   confidence: float = 0.95
 
 

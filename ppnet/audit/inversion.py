@@ -188,6 +188,18 @@ def invert_gradient(
   )
 
 
+def check_pictures(experiment: loop.Experiment) -> None:
+  """Raises `ValueError` unless each record has one picture."""
+  counts = experiment.datasets["train"].layout.counts
+  if counts.get("image") != 1:
+    checks.fail(
+      "records with one picture each",
+      "There is nothing else that gradient inversion draws: set"
+      " --config.audit.inversion=False.",
+      counts=counts,
+    )
+
+
 def peak_to_noise(
   picture: np.ndarray, original: np.ndarray, *, peak: float
 ) -> float:
@@ -271,13 +283,8 @@ def _batch_and_public(
 
   The others are test records: what an attacker may know of pictures like it.
   """
+  check_pictures(experiment)
   dataset = experiment.datasets["train"]
-  if dataset.layout.counts.get("image") != 1:
-    checks.fail(
-      "records with one picture each",
-      "There is nothing else that this attack draws.",
-      counts=dataset.layout.counts,
-    )
   row = dataset.batch([examples_lib.Row(position)], size=1)
   program = experiment.program
   batch = step_lib.grad_batch(

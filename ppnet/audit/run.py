@@ -25,6 +25,7 @@ from ppnet.audit import (
   attacks,
   extraction,
   gradient_canaries,
+  inversion,
   robustness,
   score_table,
   scores,
@@ -32,16 +33,17 @@ from ppnet.audit import (
 )
 from ppnet.audit import canaries as canaries_lib
 from ppnet.audit import pool as pool_lib
-from ppnet.core import checks, records, workdirs
+from ppnet.core import checks, prng, records, workdirs
 from ppnet.data import pipeline
-from ppnet.privacy import accounting, ledger
+from ppnet.privacy import accounting, ledger, sampling
 from ppnet.privacy import mechanism as mechanism_lib
 from ppnet.train import loop, metrics
 
 # Where the claimed trade-off curve is asked for: what guesses can see of it.
 _PROFILE_DELTAS = (0.2, 0.05, 1e-2, 1e-3, 1e-4, 1e-6)
-# Of four streams of randomness that follow from the configuration's seed.
+# Of streams of randomness that follow from the configuration's seed.
 _CANARY_DOMAIN = 64
+_INVERSION_DOMAIN = 104
 
 
 def loss_attack(
@@ -82,10 +84,13 @@ def audit(
     The record, which is in `audit.json` before this returns.
 
   Raises:
-    ValueError: the experiment cannot be trained on a part of its records, or
-      canaries are asked for that a finished run was not trained on.
+    ValueError: the experiment cannot be trained on a part of its records,
+      canaries are asked for that a finished run was not trained on, or an
+      inversion where there are no pictures.
   """
   experiment = loop.open_experiment(config, workdir)
+  if config.audit.inversion:
+    inversion.check_pictures(experiment)  # Now, not after the training.
   models = _models(experiment, is_finished=workdirs.is_finished(workdir))
   trials = [
     *assess.black_box_trials(models.table, models.claim),
@@ -108,6 +113,7 @@ def audit(
     "utility": models.utility,
     "robustness": models.robustness,
     **models.secrets,
+    **_inversion(experiment),
   }
   records.write_json(workdir / "audit.json", record)
   return records.read_json(workdir / "audit.json")
@@ -412,6 +418,23 @@ def white_box_trials(
     methods=("one_run", "f_dp_one_run", "gaussian"),
     claim=claim_of(auditor.subject.mechanism),
   )
+
+
+def _inversion(experiment: loop.Experiment) -> dict[str, Any]:
+  """What one step reveals; {} where it was not asked for.
+
+  The pictures go to `audit/inversion.json`, the numbers to the record.
+  """
+  config = experiment.config
+  if not config.audit.inversion:
+    return {}
+  root = sampling.root_from_seed(config.seed, domain=_INVERSION_DOMAIN)
+  found = inversion.invert_gradient(experiment, key=prng.root(root)).record()
+  folder = experiment.workdir / "audit"
+  folder.mkdir(exist_ok=True)
+  records.write_json(folder / "inversion.json", found)
+  names = ("noise_multipliers", "epsilons", "delta", "psnr", "guess_psnr")
+  return {"inversion": {name: found[name] for name in names}}
 
 
 def _secrets(

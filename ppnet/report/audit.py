@@ -14,7 +14,7 @@ from typing import Any
 from matplotlib import axes, figure, layout_engine
 
 from ppnet.core import records
-from ppnet.report import figures, saving, tables
+from ppnet.report import figures, inversion, saving, tables
 
 _WIDTH = 80
 _MAX_GROUPS = 12  # Of each kind in the report; the record has all.
@@ -52,12 +52,16 @@ _METHODS = {
 def write(workdir: pathlib.Path) -> str:
   """Writes `audit.md` and `figures/roc.png` from `audit.json`.
 
+  Where gradients were inverted, `figures/inversion.png` as well.
+
   Returns:
     The report's text.
   """
   workdir = pathlib.Path(workdir)
   record = records.read_json(workdir / "audit.json")
   saving.save(draw(record), workdir / "figures" / "roc")
+  if record.get("inversion"):
+    inversion.inversion_figure(workdir)
   text = markdown(record)
   records.write_bytes(workdir / "audit.md", (text + "\n").encode())
   return text
@@ -83,6 +87,7 @@ def markdown(record: Mapping[str, Any]) -> str:
     *_attacks(record),
     *_groups(record),
     *_secrets(record),
+    *_inversion(record),
     "## What this does not show",
     _list(_limits(record)),
     "## What to do",
@@ -438,6 +443,35 @@ def _secrets(record: Mapping[str, Any]) -> list[str]:
   if not parts:
     return []
   return ["## Can planted secrets be pulled out?", *parts]
+
+
+def _inversion(record: Mapping[str, Any]) -> list[str]:
+  """How near a picture comes that is drawn from one gradient."""
+  found = record.get("inversion")
+  if not found:
+    return []
+  guess = float(found["guess_psnr"])
+  rows = []
+  for noise, epsilon, psnr in zip(
+    found["noise_multipliers"], found["epsilons"], found["psnr"], strict=True
+  ):
+    near = tables.to_float(psnr)
+    verdict = "yes" if near > guess else "no"
+    rows.append([f"{noise:g}", _up(epsilon), f"{near:.1f} dB", verdict])
+  header = ["noise multiplier", "ε of the step", "PSNR", "better than a guess"]
+  delta = tables.format_delta(tables.to_float(found["delta"]))
+  return [
+    "## What does one step reveal?",
+    _fill(
+      "A training picture was drawn from its clipped gradient alone, by an"
+      " attacker who knows the parameters and all of the record but the"
+      f" picture: one record, one step, no sampling, δ = {delta}. PSNR says how"
+      " near the drawing is, higher is nearer. The mean of other pictures,"
+      f" which needs no gradient, has {guess:.1f} dB."
+    ),
+    tables.markdown_table(header, rows),
+    "![The record and what was drawn of it](figures/inversion.png)",
+  ]
 
 
 def _limits(record: Mapping[str, Any]) -> list[str]:

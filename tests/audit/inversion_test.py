@@ -109,7 +109,7 @@ def test_the_configured_model_gives_its_picture_away_without_noise(tmp_path):
   assert found.original.shape == found.reconstructions.shape[1:]
 
 
-def record():
+def example():
   rng = np.random.default_rng(0)
   return inversion.Inversion(
     original=rng.random(SHAPE),
@@ -123,12 +123,12 @@ def record():
     value_range=(-1.0, 1.0),
     num_parameters=100,
     record_id=3,
-  ).record()
+  )
 
 
 def test_the_figure_has_the_record_and_each_level_beside_its_epsilon(tmp_path):
   (tmp_path / "audit").mkdir()
-  records.write_json(tmp_path / "audit" / "inversion.json", record())
+  records.write_json(tmp_path / "audit" / "inversion.json", example().record())
   read = records.read_json(tmp_path / "audit" / "inversion.json")
   fig = inversion_figures.draw(read)
   titles = [ax.get_title() for ax in fig.axes]

@@ -6,6 +6,7 @@ trained and asked is held by a slow test below.
 
 import dataclasses
 import math
+import types
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from ppnet.core import records, workdirs
 from ppnet.privacy import accounting
 from ppnet.privacy import mechanism as mechanism_lib
 from tests import tiny
-from tests.audit import assess_test
+from tests.audit import assess_test, inversion_test
 
 NUM_KEYS = (
   "leakage",
@@ -65,7 +66,11 @@ def stand_in(monkeypatch, *, epsilon, shift, noise=1.0, has_target=False):
 
   monkeypatch.setattr(run, "_models", models)
   monkeypatch.setattr(run, "_gradient_trials", gradient_trials)
-  monkeypatch.setattr(run.loop, "open_experiment", lambda *_: None)
+  monkeypatch.setattr(
+    run.loop,
+    "open_experiment",
+    lambda config, _: types.SimpleNamespace(config=config),
+  )
   monkeypatch.setattr(
     run.assess,
     "attacks",
@@ -119,6 +124,41 @@ def test_a_finished_run_s_summary_keeps_what_it_says(monkeypatch, tmp_path):
   assert workdirs.is_finished(tmp_path)
   record = records.read_json(tmp_path / "audit.json")
   assert record["membership"]["judged"] == "finished run"
+
+
+def test_an_inversion_that_was_asked_for_is_drawn_and_reported(
+  monkeypatch, tmp_path
+):
+  config = stand_in(monkeypatch, epsilon=4.0, shift=1.0, noise=2.0)
+  config.audit.inversion = True
+  counts = {"image": 1}
+  experiment = types.SimpleNamespace(
+    config=config,
+    workdir=tmp_path,
+    datasets={
+      "train": types.SimpleNamespace(
+        layout=types.SimpleNamespace(counts=counts)
+      )
+    },
+  )
+  monkeypatch.setattr(run.loop, "open_experiment", lambda *_: experiment)
+  monkeypatch.setattr(
+    run.inversion, "invert_gradient", lambda *_, key: inversion_test.example()
+  )
+  main.run_job(config, tmp_path)
+  assert (tmp_path / "figures" / "inversion.png").stat().st_size > 1000
+  report = (tmp_path / "audit.md").read_text()
+  section = report.split("## What does one step reveal?")[1].split("## ")[0]
+  assert "12.1 dB" in section
+  rows = [line.split("|")[1:-1] for line in section.splitlines() if "|" in line]
+  cells = [[cell.strip() for cell in row] for row in rows[2:]]
+  assert [row[0] for row in cells] == ["0", "0.01", "1"]
+  assert cells[0][1:] == ["∞", "31.2 dB", "yes"]
+  assert cells[2][2:] == ["5.6 dB", "no"]
+  assert "figures/inversion.png" in section
+  counts["image"] = 2
+  with pytest.raises(ValueError, match=r"audit\.inversion=False"):
+    main.run_job(config, tmp_path)
 
 
 @pytest.mark.parametrize(
