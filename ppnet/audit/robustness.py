@@ -5,8 +5,8 @@ the test records again, with something wrong about the records or the network.
 """
 
 import dataclasses
-import functools
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ INPUT_STDDEVS = (0.0, 0.25, 0.5, 1.0, 2.0)
 TOKEN_RATES = (0.0, 0.05, 0.1, 0.2, 0.4)
 ATTENTION_STDDEVS = (0.0, 0.5, 1.0, 2.0, 4.0)
 _MAX_RECORDS = 1000  # Of the test: the error is then 1.6 points at most.
+_STDDEV_KEY = "attention_stddev"  # A row's, the same in all of them.
 _SEED = 0  # Of the disturbance: the same for all models and rows of a table.
 
 
@@ -59,13 +60,17 @@ def measure(
     number per model; "kind" of input noise is "stddev" or "token_rate".
   """
   test = _first(test, _MAX_RECORDS)
-  accuracy = functools.partial(
-    _accuracies,
-    config,
-    shadows,
-    answer_ids=answer_ids,
-    devices=devices,
-  )
+  asked = Asked(config, shadows, devices=devices)
+
+  def accuracy(records: pool_lib.Pool, **disturbance: Any) -> list[float]:
+    # Over the whole vocabulary, as `train.metrics` has it.
+    right = answer_ids[records.rows["label"]]
+    found = (
+      (logits.argmax(axis=-1) == right).mean(axis=1).tolist()
+      for logits in asked(records, **disturbance)
+    )
+    return list(itertools.chain.from_iterable(found))
+
   media = [name for name in config_lib.MODALITIES if name in test.rows]
   levels = INPUT_STDDEVS if media else TOKEN_RATES
   found: dict[str, Any] = {
@@ -128,51 +133,98 @@ def disturbed(pool: pool_lib.Pool, level: float) -> pool_lib.Pool:
   return dataclasses.replace(pool, rows=rows)
 
 
-def _accuracies(
-  config: config_lib.ExperimentConfig,
-  shadows: shadows_lib.Shadows,
-  test: pool_lib.Pool,
-  *,
-  answer_ids: np.ndarray,
-  devices: Sequence[jax.Device] | None,
-  attention_stddev: float | None = None,
-  left_out: str = "",
-) -> list[float]:
-  """Share of test records that each model gets right."""
-  noise_config = config.attention_noise
-  if attention_stddev is not None:
-    noise_config = dataclasses.replace(
-      noise_config,
-      stddev=attention_stddev,
-      at_evaluation=attention_stddev > 0,
-    )
-  model = shadows.program.model
+class Asked:
+  """Models that answer again and again, compiled once for each way of asking.
 
-  def answers(
-    params: Any, batch: Mapping[str, jax.Array], key: jax.Array, frozen: Any
-  ) -> jax.Array | None:
-    kept = {name: batch[name] for name in batch if name != left_out}
-    whole = lora.combine(params, frozen)
-    return step_lib.evaluate(
-      whole, kept, key, model=model, noise_config=noise_config
-    )[1]
+  How strong a noise is makes no other program: the standard deviation of
+  attention noise goes in beside the records.
+  """
 
-  right = []
-  for group in shadows.groups():
-    beside = side_by_side.SideBySide(
-      shadows.program,
-      num_models=len(group.models),
-      microbatch_size=config.perf.microbatch_size,
-      devices=devices,
+  def __init__(
+    self,
+    config: config_lib.ExperimentConfig,
+    shadows: shadows_lib.Shadows,
+    *,
+    devices: Sequence[jax.Device] | None,
+  ):
+    """Compiles nothing yet; see `measure`."""
+    self._config = config
+    self._shadows = shadows
+    self._devices = devices
+    self._beside: dict[int, side_by_side.SideBySide] = {}  # By size.
+    self._ways: dict[tuple[bool | None, str], Callable[..., Any]] = {}
+
+  def __call__(
+    self,
+    test: pool_lib.Pool,
+    *,
+    attention_stddev: float | None = None,
+    left_out: str = "",
+  ) -> Iterator[np.ndarray]:
+    """Logits of each group, f32[G, n, V].
+
+    Args:
+      test: n records with labels.
+      attention_stddev: of attention noise; None is as configured.
+      left_out: a modality that no record has.
+    """
+    has_noise = None if attention_stddev is None else attention_stddev > 0
+    if has_noise is False and not self._config.attention_noise.at_evaluation:
+      has_noise = None  # The same thing.
+    if has_noise:
+      stddev = np.full(len(test), attention_stddev, np.float32)
+      test = dataclasses.replace(test, rows={**test.rows, _STDDEV_KEY: stddev})
+    way = has_noise, left_out
+    answers = self._ways.setdefault(way, self._answers(*way))
+    size = self._config.perf.microbatch_size
+    for group in self._shadows.groups():
+      count = len(group.models)
+      if count not in self._beside:
+        self._beside[count] = side_by_side.SideBySide(
+          self._shadows.program,
+          num_models=count,
+          microbatch_size=size,
+          devices=self._devices,
+        )
+      yield self._beside[count].over_records(
+        answers,
+        group.params,
+        group.init_roots,
+        test,
+        batch_size=min(size, len(test)),
+      )
+
+  def _answers(
+    self, has_noise: bool | None, left_out: str
+  ) -> Callable[..., Any]:
+    """A function for `SideBySide.over_records`."""
+    model, configured = (
+      self._shadows.program.model,
+      self._config.attention_noise,
     )
-    logits = beside.over_records(
-      answers,
-      group.params,
-      group.init_roots,
-      test,
-      batch_size=min(config.perf.microbatch_size, len(test)),
-    )
-    # Over the whole vocabulary, as `train.metrics` has it.
-    is_right = logits.argmax(axis=-1) == answer_ids[test.rows["label"]]
-    right += is_right.mean(axis=1).tolist()
-  return right
+
+    def answers(
+      params: Any, batch: Mapping[str, jax.Array], key: jax.Array, frozen: Any
+    ) -> jax.Array | None:
+      noise_config = configured
+      if has_noise is not None:
+        stddev: Any = batch[_STDDEV_KEY][0] if has_noise else 0.0
+        noise_config = dataclasses.replace(
+          configured,
+          stddev=stddev,
+          at_evaluation=has_noise,
+        )
+      kept = {
+        name: array
+        for name, array in batch.items()
+        if name not in (left_out, _STDDEV_KEY)
+      }
+      return step_lib.evaluate(
+        lora.combine(params, frozen),
+        kept,
+        key,
+        model=model,
+        noise_config=noise_config,
+      )[1]
+
+    return answers

@@ -89,8 +89,11 @@ def predict(
 def attention_noise(
   config: config_lib.AttentionNoiseConfig, keys: Array
 ) -> noisy_attention.AttentionNoise | None:
-  """The noise of a batch, or None where the mechanism is off."""
-  if config.stddev == 0:
+  """The noise of a batch, or None where the mechanism is off.
+
+  A standard deviation that is traced is noise, whatever its value.
+  """
+  if not isinstance(config.stddev, jax.Array) and config.stddev == 0:
     return None
   return noisy_attention.AttentionNoise(
     key=keys,

@@ -1,9 +1,16 @@
 """Disturbed test records: what is changed, by how much, and what stays."""
 
+import dataclasses
+import types
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ppnet.audit import pool, robustness
+from ppnet.audit import pool, robustness, side_by_side
+from ppnet.train import step as step_lib
+from tests.audit import shadows_test
 
 
 def records(count=400, **media):
@@ -62,3 +69,52 @@ def test_the_first_records_are_taken_whole():
   assert len(some) == 10
   assert all(len(array) == 10 for array in some.rows.values())
   assert len(some.groups["class"]) == 10
+
+
+def test_every_level_is_one_program_and_answers_as_its_own_would():
+  config = shadows_test.plain_experiment()
+  config.perf.microbatch_size = 8
+  records = robustness._first(shadows_test.the_pool(), 12)
+  program = shadows_test.shadows.build_program(
+    config,
+    records,
+    num_members=37,
+    placeholder_ids=shadows_test.placeholder_ids(),
+  )
+  roots = side_by_side.key_words([3, 4])
+  keys = [jax.random.wrap_key_data(words) for words in roots]
+  params = [
+    jax.device_get(jax.jit(program.pure.init)(key).params) for key in keys
+  ]
+  group = types.SimpleNamespace(
+    models=np.arange(2),
+    params=jax.tree.map(lambda *leaves: np.stack(leaves), *params),
+    init_roots=roots,
+  )
+  asked = robustness.Asked(
+    config,
+    types.SimpleNamespace(program=program, groups=lambda: iter([group])),
+    devices=jax.devices()[:1],
+  )
+  found = {
+    level: next(asked(records, attention_stddev=level))
+    for level in (0.0, 0.5, 4.0)
+  }
+  np.testing.assert_array_equal(found[0.0], next(asked(records)))
+  compiled = asked._beside[2]._over.values()
+  assert [one._cache_size() for one in compiled] == [1, 1]  # Clean and noisy.
+  for level in (0.5, 4.0):
+    # The level as a constant of the program.
+    _, expected = step_lib.evaluate(
+      jax.tree.map(jnp.asarray, params[1]),
+      jax.tree.map(jnp.asarray, records.rows),
+      keys[1],
+      model=program.model,
+      noise_config=dataclasses.replace(
+        config.attention_noise, stddev=level, at_evaluation=True
+      ),
+    )
+    np.testing.assert_allclose(found[level][1], expected, atol=1e-4)
+  assert np.abs(found[0.5] - found[4.0]).max() > 1e-2
+  assert np.abs(found[0.5] - found[0.0]).max() > 1e-2
+  # Fails if: a level is that of another one, or the noise is drawn anew.
