@@ -17,6 +17,7 @@ from ppnet import (
   data_config,
   mesh_config,
   model_config,
+  optimizer_config,
   table_config,
 )
 from ppnet.core import checks
@@ -39,7 +40,10 @@ AudioStemConfig = model_config.AudioStemConfig
 ModelConfig = model_config.ModelConfig
 llama_tiny = model_config.llama_tiny
 PROJECTIONS = model_config.PROJECTIONS
-# What concerns audits, tables, devices, and the data, likewise.
+# What concerns the optimizer, audits, tables, devices, and the data, likewise.
+OptimizerName = optimizer_config.OptimizerName
+Schedule = optimizer_config.Schedule
+OptimizerConfig = optimizer_config.OptimizerConfig
 AuditConfig = audit_config.AuditConfig
 TableSubject = table_config.TableSubject
 Tuning = table_config.Tuning
@@ -154,20 +158,6 @@ class PrivacyUnit(enum.Enum):
   PACKED_ROW = "packed_row"  # Rows of whole records: less than a record.
 
 
-class OptimizerName(enum.Enum):
-  """The optimizer behind the privatizer."""
-
-  ADAMW = "adamw"
-  SGD = "sgd"
-
-
-class Schedule(enum.Enum):
-  """Learning rate over steps, after a linear warm-up."""
-
-  CONSTANT = "constant"
-  COSINE = "cosine"
-
-
 class BenchSubject(enum.Enum):
   """What a BENCHMARK job measures."""
 
@@ -246,29 +236,6 @@ class PrivacyConfig:
   allow_large_delta: bool = False
   noise_seed: int | None = None
   sampler_seed: int | None = None
-
-
-@dataclasses.dataclass(slots=True, kw_only=True)
-class OptimizerConfig:
-  """The optimizer that sees the private mean gradient.
-
-  Attributes:
-    name: ADAMW or SGD.
-    learning_rate: after the warm-up.
-    schedule: CONSTANT, or COSINE to 0 at the last step.
-    warmup_steps: linear from 0.
-    beta1: momentum, SGD's as well.
-    beta2: decay of AdamW's second moment.
-    weight_decay: decoupled for AdamW, added to the gradient for SGD.
-  """
-
-  name: OptimizerName = OptimizerName.ADAMW
-  learning_rate: float = 1e-3
-  schedule: Schedule = Schedule.COSINE
-  warmup_steps: int = 0
-  beta1: float = 0.9
-  beta2: float = 0.99
-  weight_decay: float = 0.0
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -645,7 +612,7 @@ def _validate_model(config: ExperimentConfig) -> None:
 
 
 def _validate_training(config: ExperimentConfig) -> None:
-  train, optimizer = config.train, config.optimizer
+  train = config.train
   checks.positive(
     **{
       "train.num_steps": train.num_steps,
@@ -658,17 +625,7 @@ def _validate_training(config: ExperimentConfig) -> None:
       "perf.prefetch_steps": config.perf.prefetch_steps,
       "perf.stall_secs": config.perf.stall_secs,
       "bench.rounds": config.bench.rounds,
-      "optimizer.learning_rate": optimizer.learning_rate,
     }
   )
-  checks.non_negative(
-    **{
-      "perf.data_workers": config.perf.data_workers,
-      "optimizer.warmup_steps": optimizer.warmup_steps,
-      "optimizer.weight_decay": optimizer.weight_decay,
-    }
-  )
-  for name in ("beta1", "beta2"):
-    value = getattr(optimizer, name)
-    if not 0 <= value < 1:
-      checks.fail(f"0 <= optimizer.{name} < 1", **{f"optimizer.{name}": value})
+  checks.non_negative(**{"perf.data_workers": config.perf.data_workers})
+  optimizer_config.validate(config.optimizer)

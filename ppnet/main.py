@@ -117,7 +117,7 @@ def train(config: config_lib.ExperimentConfig, workdir: pathlib.Path) -> None:
       began=goodput.process_start(),
       profile_steps=_profile_steps(config),
     )
-    attack = audit.loss_attack(experiment, state.params)
+    attack = audit.loss_attack(experiment, state.released)
     # Written last: a folder with a summary is a finished run.
     summary |= {"leakage": attack.advantage, "attack": attack}
     if hosts.is_first():
@@ -156,7 +156,7 @@ def evaluate(
   """
   experiment = loop.open_experiment(config, workdir)
   state, _ = loop.restore(experiment)
-  scores = loop.evaluate(experiment, state.params)
+  scores = loop.evaluate(experiment, state.released)
   # The ledger's count: it may be ahead of the checkpoint's, never behind.
   charged_steps = ledger.read(workdir / "privacy.json")["charged_steps"]
   evaluation = {
@@ -171,7 +171,7 @@ def evaluate(
   records.write_json(workdir / "evaluation.json", evaluation)
   print(tables.summary_table(evaluation))
   if config.attention_noise.stddev and jax.process_count() == 1:
-    maps = attention_maps.attention_maps(experiment, state.params)
+    maps = attention_maps.attention_maps(experiment, state.released)
     records.write_json(workdir / "attention.json", maps)
     print(f"figure:  {attention_figures.attention_figure(workdir)}")
 
@@ -415,7 +415,7 @@ def _checkpoint(
   return _Given(
     tokenizer=tokenizer,
     model=experiment.program.model,
-    params=lora.combine(state.params, experiment.program.frozen()),
+    params=lora.combine(state.released, experiment.program.frozen()),
     prompts=prompts,
     media=media,
   )

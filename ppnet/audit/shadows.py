@@ -452,10 +452,10 @@ class _Group:
     if pending is not None:
       found.append(self._rows(*pending))
       on_steps(len(pending[0]))
-    losses, logits = self._predict(carry.state.params, test)
+    losses, logits = self._predict(carry.state.released, test)
     return Group(
       models=self._models,
-      params=jax.device_get(carry.state.params),
+      params=jax.device_get(carry.state.released),
       init_roots=self._roots.init,
       metrics={
         name: np.concatenate([rows[name] for rows in found], axis=1)

@@ -177,4 +177,6 @@ def _as_dict(state: state_lib.TrainState) -> dict[str, Any]:
   }
   if state.clip_norm is not None:
     plain["clip_norm"] = state.clip_norm
+  if state.average is not None:
+    plain["average"] = state.average
   return plain

@@ -44,6 +44,7 @@ def init_state(
   example: Mapping[str, np.ndarray],
   clip_norm: float | None,
   is_trained: IsTrained,
+  has_average: bool,
 ) -> state_lib.TrainState:
   """Initial parameters and optimizer state; a function of the key alone."""
   params = nn.meta.unbox(_boxed_params(root_key, model=model, example=example))
@@ -53,6 +54,7 @@ def init_state(
     params=params,
     opt_state=tx.init(params),
     clip_norm=None if clip_norm is None else np.float32(clip_norm),
+    average=params if has_average else None,
   )
 
 
@@ -118,6 +120,7 @@ def shardings(
   mechanism: mechanism_lib.Mechanism,
   *,
   is_trained: IsTrained,
+  has_average: bool,
 ) -> tuple[state_lib.TrainState, Any]:
   """One sharding per leaf of the train state, and of what is frozen."""
   boxed = jax.eval_shape(
@@ -142,6 +145,7 @@ def shardings(
     params=params,
     opt_state=opt_state,
     clip_norm=replicated if has_clip_norm else None,
+    average=params if has_average else None,
   )
   return state, frozen
 

@@ -631,7 +631,7 @@ class _Run:
     with self._watch.away("evaluation", what):
       scores = evaluate(
         self._experiment,
-        self.state.params,
+        self.state.released,
         on_batch=lambda number: self._watch.now(
           f"{what}, behind batch {number}"
         ),

@@ -195,9 +195,17 @@ def build(
     example=example,
     clip_norm=mechanism.initial_clip_norm,
     is_trained=is_trained,
+    has_average=config.optimizer.ema_decay is not None,
   )
   shardings, frozen_shardings = initial.shardings(
-    model, tx, example, mesh, rules, mechanism, is_trained=is_trained
+    model,
+    tx,
+    example,
+    mesh,
+    rules,
+    mechanism,
+    is_trained=is_trained,
+    has_average=config.optimizer.ema_decay is not None,
   )
   on_mesh = _on_mesh(mesh, rules, shardings.params)
   abstract_state = initial.abstract(
@@ -294,6 +302,7 @@ def _pure(
       learning_rate_fn=optimizer.schedule(
         config.optimizer, config.train.num_steps
       ),
+      ema_decay=config.optimizer.ema_decay,
     ),
     evaluate=functools.partial(
       _evaluate, model=model, noise_config=config.attention_noise
@@ -456,7 +465,10 @@ def _with_frozen(
   def init():
     state = program.init()
     params = begin_with(state.params, dtype=jnp.float32)
-    return dataclasses.replace(state, params=params)
+    average = None
+    if state.average is not None:  # Of its own arrays: both are donated.
+      average = jax.tree.map(jnp.copy, params)
+    return dataclasses.replace(state, params=params, average=average)
 
   @functools.cache
   def all_frozen():

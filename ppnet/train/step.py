@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int, Key
 from ppnet.core import prng, trees
 from ppnet.privacy import adaptive
 from ppnet.privacy import mechanism as mechanism_lib
+from ppnet.train import averaging
 from ppnet.train import losses as losses_lib
 from ppnet.train import state as state_lib
 
@@ -184,6 +185,7 @@ def update(
   mechanism: mechanism_lib.Mechanism,
   tx: optax.GradientTransformation,
   learning_rate_fn: optax.Schedule,
+  ema_decay: float | None = None,
 ) -> tuple[state_lib.TrainState, Any, dict[str, Float[Array, ""]]]:
   """Adds the noise and takes the optimizer's step.
 
@@ -197,6 +199,7 @@ def update(
       public divisor, since the realised size is private.
     tx: the optimizer.
     learning_rate_fn: the schedule inside `tx`, for the record.
+    ema_decay: of the average, where the state has one.
 
   Returns:
     The state after the step; the noise state; and scalars: "learning_rate";
@@ -234,6 +237,10 @@ def update(
   mean_grad = jax.tree.map(lambda g: g / size, noisy_sum)
   updates, opt_state = tx.update(mean_grad, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
+  average = state.average
+  if average is not None:
+    assert ema_decay is not None, "a state with an average has a decay"
+    average = averaging.update(average, params, state.step, decay=ema_decay)
   scalars = {
     "learning_rate": jnp.asarray(learning_rate_fn(state.step), jnp.float32),
     "dp_perturbation": perturbation / size,
@@ -247,6 +254,7 @@ def update(
       params=params,
       opt_state=opt_state,
       clip_norm=clip_norm,
+      average=average,
     ),
     noise_state,
     scalars,
