@@ -593,6 +593,7 @@ def _validate_model(config: ExperimentConfig) -> None:
     )
   model_config.validate_options(decoder)
   model_config.validate_linear(config.model)
+  _validate_centre(config)
   if decoder.vocab_size < config.data.vocab_size:
     checks.fail(
       "model.decoder.vocab_size >= data.vocab_size",
@@ -609,6 +610,22 @@ def _validate_model(config: ExperimentConfig) -> None:
     noise_layers=decoder.noise_layers,
     num_layers=decoder.num_layers,
   )
+
+
+def _validate_centre(config: ExperimentConfig) -> None:
+  """The mean is that of unit vectors, each of which must count whole."""
+  linear, privacy = config.model.linear, config.privacy
+  if linear is None or not linear.centre or not privacy.enabled:
+    return
+  if privacy.l2_clip_norm < 1 or privacy.clip_scope is not ClipScope.FLAT:
+    checks.fail(
+      "privacy.l2_clip_norm >= 1 and clip_scope FLAT with model.linear.centre",
+      "Raise model.linear.feature_norm instead of lowering the clip norm.",
+      **{
+        "privacy.l2_clip_norm": privacy.l2_clip_norm,
+        "privacy.clip_scope": privacy.clip_scope.name,
+      },
+    )
 
 
 def _validate_training(config: ExperimentConfig) -> None:

@@ -184,6 +184,8 @@ class DataConfig:
     augmentation_seed: fixes what random transformations draw.
     on_bad_record: RAISE names the record; SKIP counts it and goes on.
     cache: keep decoded records in memory (small data sets).
+    store_fixed: keep what the transformations before the first random one make
+      of a record, in files of `prepared_dir`, for all runs; see `data.stored`.
   """
 
   source: Source = Source.DIGITS
@@ -219,6 +221,7 @@ class DataConfig:
   augmentation_seed: int = 0
   on_bad_record: BadRecord = BadRecord.RAISE
   cache: bool = True
+  store_fixed: bool = False
 
 
 def num_audio_frames(audio: AudioConfig) -> int:
@@ -275,6 +278,12 @@ def validate(data: DataConfig, *, max_seq_len: int) -> None:
       f"Set --config.data.path; for {data.source.name} it is"
       f" {PATHS[data.source]}.",
       **{"data.source": data.source.name, "data.path": data.path},
+    )
+  if data.store_fixed and data.on_bad_record is not BadRecord.RAISE:
+    checks.fail(
+      "data.on_bad_record=RAISE with data.store_fixed",
+      "A record that cannot be decoded has no place in the file.",
+      **{"data.on_bad_record": data.on_bad_record.name},
     )
   _validate_statistics(data)
   _validate_text(data, max_seq_len=max_seq_len)

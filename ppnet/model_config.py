@@ -190,9 +190,15 @@ class LinearConfig:
   Attributes:
     num_groups: groups of feature maps, each given mean 0 and variance 1 within
       a picture; 0 leaves the features as the data have them.
+    feature_norm: Euclidean norm that the features of every record are scaled
+      to, after that; 0 leaves it as it is.
+    centre: take the mean feature away, which the first step measures under
+      the same clipping and noise as any other step; see `models.centring`.
   """
 
   num_groups: int = 0
+  feature_norm: float = 0.0
+  centre: bool = False
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -269,6 +275,15 @@ def validate_linear(model: ModelConfig) -> None:
     checks.fail(
       "model.linear.num_groups not to be negative",
       **{"model.linear.num_groups": model.linear.num_groups},
+    )
+  checks.non_negative(
+    **{"model.linear.feature_norm": model.linear.feature_norm}
+  )
+  if model.linear.centre and not model.linear.feature_norm:
+    checks.fail(
+      "model.linear.feature_norm above 0 with model.linear.centre",
+      "The mean is measured of features of one norm, so that none is clipped.",
+      **{"model.linear.feature_norm": model.linear.feature_norm},
     )
   for name, is_set in (
     ("decoder_weights", bool(model.decoder_weights)),

@@ -13,6 +13,7 @@ process that happens to do the work.
 """
 
 import dataclasses
+import pathlib
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, SupportsIndex
@@ -21,7 +22,7 @@ import numpy as np
 
 from ppnet import config as config_lib
 from ppnet.core import checks
-from ppnet.data import batching, randomness, sources
+from ppnet.data import batching, randomness, sources, stored
 from ppnet.data import layout as layout_lib
 
 
@@ -148,12 +149,55 @@ class Examples:
     self._seed = seed
     self._cache: dict[int, _Decoded | None] | None = {} if cache else None
     self._lengths: dict[int, int] = {}
+    self._stored: dict[str, np.ndarray] = {}
     self.bad_records = BadRecords()
 
   @property
   def chains(self) -> dict[str, Chain]:
     """The transformations of each modality."""
     return dict(self._chains)
+
+  def store_fixed(
+    self, folder: pathlib.Path, *, split: str, hashes: Sequence[Any]
+  ) -> None:
+    """Makes the fixed part of all records, unless it is stored, and uses that.
+
+    Args:
+      folder: the prepared folder.
+      split: "train" or "test".
+      hashes: of the records; see `stored.path`.
+
+    Raises:
+      ValueError: a record may have several items of a modality.
+      sources.BadRecordError: a bad record, or one without an item.
+    """
+    for name, chain in self._chains.items():
+      if self.layout.counts[name] != 1:
+        checks.fail(
+          f"one {name} in each record with data.store_fixed",
+          "Set --config.data.store_fixed=false.",
+          most=self.layout.counts[name],
+        )
+      file = stored.path(
+        folder,
+        split=split,
+        modality=name,
+        transforms=chain.fixed,
+        hashes=hashes,
+      )
+
+      def make(position: int, name: str = name) -> np.ndarray:
+        record = self._source[position]
+        items = record.media.get(name, ())
+        if len(items) != 1:
+          cause = f"{len(items)} items of {name}, where one is to be stored."
+          raise sources.BadRecordError(record.id, cause)
+        return self._fixed(self._chains[name], name, record.id, items[0])
+
+      first = make(0)
+      self._stored[name] = stored.open_or_make(
+        file, make, count=len(self), shape=first.shape
+      )
 
   def __getstate__(self):
     # Another process fills its own cache and meets its own bad records.
@@ -381,7 +425,9 @@ class Examples:
       record = self._source[position]
       tokens = self.layout.tokens(record)
       items = {
-        name: tuple(
+        name: (self._stored[name][position],)
+        if name in self._stored
+        else tuple(
           self._fixed(chain, name, record.id, item)
           for item in record.media.get(name, ())
         )

@@ -165,7 +165,7 @@ def examples(
     chains = {
       name: chain.without_augmentation() for name, chain in chains.items()
     }
-  return examples_lib.Examples(
+  made = examples_lib.Examples(
     source,
     layout=layout_lib.Layout(
       config,
@@ -181,6 +181,13 @@ def examples(
     cache=config.data.cache,
     seed=config.data.augmentation_seed,
   )
+  if config.data.store_fixed:
+    made.store_fixed(
+      pathlib.Path(prepared_dir),
+      split=split,
+      hashes=[card.sha256, card.raw_sha256, card.data],
+    )
+  return made
 
 
 def training_examples(
@@ -206,12 +213,14 @@ def text_chain(config: config_lib.ExperimentConfig) -> tuple[Any, ...]:
 
 
 def _image_chain(config: config_lib.DataConfig) -> examples_lib.Chain:
-  """From an encoded picture to [S, S, C]."""
+  """From an encoded picture to [S, S, C], or what features make of that."""
   size = config.image_size
-  return examples_lib.Chain(
-    config.image_transforms or image.transforms(config),
-    shape=(size, size, config.image_channels),
-  )
+  shape: tuple[int, ...] = (size, size, config.image_channels)
+  transforms = config.image_transforms or image.transforms(config)
+  for transform in transforms:
+    if hasattr(transform, "shape_after"):
+      shape = transform.shape_after(shape)
+  return examples_lib.Chain(transforms, shape=shape)
 
 
 def _audio_chain(config: config_lib.DataConfig) -> examples_lib.Chain:

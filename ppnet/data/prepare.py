@@ -48,6 +48,7 @@ _FIELDS_THAT_MAY_DIFFER = (
   "audio_transforms",
   "text_transforms",
   "augmentation_seed",
+  "store_fixed",
 )
 # Nor do these, once a folder is whole.
 _FIELDS_OF_UNFINISHED = ("on_bad_record", "records_per_shard")

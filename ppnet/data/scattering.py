@@ -345,6 +345,11 @@ class Scattering(grain.transforms.Map):
     """Words for a table."""
     return f"scattering, {self.num_scales} scales, {self.num_angles} angles"
 
+  def shape_after(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """[H, W, C] of the pixels -> [H', W', C * K]."""
+    filters = _filters(shape[0], shape[1], self.num_scales, self.num_angles)
+    return (*filters.map_shape, shape[2] * filters.num_maps)
+
   def map(self, element: Mapping[str, Any]) -> dict[str, Any]:
     """Replaces the pixels `element["image"]`.
 

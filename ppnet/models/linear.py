@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from ppnet import config as config_lib
 from ppnet.core import checks, param_ops
-from ppnet.models import layers
+from ppnet.models import centring, layers
 
 _EPS = 1e-5
 _NEVER = -1e9  # Logit of a token that is no answer; its exponential is 0.
@@ -102,8 +102,15 @@ class LinearClassifier(nn.Module):
       if name == "image":
         values = group_norm(values, num_groups=self.config.num_groups)
       parts.append(values.reshape(num_examples, -1))
-    parts.append(jnp.ones((num_examples, 1)))  # Its weights are the bias.
     features = jnp.concatenate(parts, axis=1)
+    if self.config.centre:
+      unit = centring.scaled(features, norm=1.0)
+      moved = centring.Centre(self.ops, name=centring.NAME)(unit)
+      features = moved * self.config.feature_norm
+    else:
+      features = centring.scaled(features, norm=self.config.feature_norm)
+    ones = jnp.ones((num_examples, 1))  # Its weights are the bias.
+    features = jnp.concatenate([features, ones], axis=1)
     logits = layers.Dense(
       len(self.answer_ids), (None, None), self.ops, init_scale=0.0, name="head"
     )(features[:, None, :])  # [B, 1, classes]

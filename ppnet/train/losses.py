@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from ppnet import config as config_lib
 from ppnet.core import param_ops
 from ppnet.kernels import noisy_attention
-from ppnet.models import multimodal
+from ppnet.models import centring, multimodal
 
 Batch = Mapping[str, Any]
 LossFn = Callable[..., tuple[Array, dict[str, Array]]]
@@ -67,12 +67,23 @@ def predict(
   predictions of one batch share their draws: one noisy state, released once,
   and one choice of what is dropped.
   """
+  return _apply(model, params, batch, noise=noise)[0]
+
+
+def _apply(
+  model: multimodal.PPNet,
+  params: Any,
+  batch: Batch,
+  *,
+  noise: noisy_attention.AttentionNoise | None,
+) -> tuple[Float[Array, "B T V"], Mapping[str, Any]]:
+  """See `predict`; and what a model that is centred measured beside it."""
   shared = {
-    name: jax.random.clone(batch[name])  # Meant: see above.
+    name: jax.random.clone(batch[name])  # Meant: see `predict`.
     for name in ("cut_key", "dropout_key")
     if name in batch
   }
-  logits = model.apply(
+  logits, measured = model.apply(
     {"params": params},
     batch["tokens"],
     media=media(batch),
@@ -81,9 +92,10 @@ def predict(
     dropout_keys=shared.get("dropout_key"),
     positions=batch.get("positions"),
     segment_ids=batch.get("segment_ids"),
+    mutable=[centring.COLLECTION],
   )
   assert isinstance(logits, jax.Array)  # Linen declares a union.
-  return logits
+  return logits, measured.get(centring.COLLECTION) or {}
 
 
 def attention_noise(
@@ -109,7 +121,9 @@ def make_loss_fn(
   """The total loss of the paper, per example.
 
   task + consistency_weight * KL(clean || noisy prediction). Both terms are
-  inside the per-example gradient, before clipping and noise.
+  inside the per-example gradient, before clipping and noise. In the one step in
+  which a linear model measures the mean feature (`models.centring`), the task
+  is that.
 
   Returns:
     `loss_fn(params, batch, ops=PLAIN) -> (losses f32[B], terms)`.
@@ -121,8 +135,9 @@ def make_loss_fn(
   def loss_fn(params, batch, ops: param_ops.ParamOps = param_ops.PLAIN):
     own = model.clone(ops=ops)
     noise = attention_noise(config, batch["key"])
-    logits = predict(own, params, batch, noise=noise)
+    logits, measured = _apply(own, params, batch, noise=noise)
     task = cross_entropy(logits, batch["targets"], batch["loss_mask"])
+    task = centring.or_measured(task, measured)
     divergence = jnp.zeros_like(task)
     if noise is not None and config.consistency_weight > 0:
       clean = predict(own, params, batch, noise=None)

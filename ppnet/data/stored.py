@@ -1,0 +1,130 @@
+"""What the fixed transformations make of each record, kept on disk.
+
+Scattering a picture takes a millisecond, and every run with the same data makes
+the same numbers. With `data.store_fixed` the first run writes them into the
+prepared folder, one file per split and modality:
+
+    fixed-train-image-3f0c....npy       float32 [N, *shape]
+
+The name holds a hash of all that the numbers depend on: the records (the hashes
+on the data set's card), the transformations with their settings, the libraries
+that they are made of, and the version of this file's rules. Another
+configuration has another name and finds nothing; whoever changes the code of a
+transformation raises `_VERSION`. A file gets its name in one rename when it is
+complete, so that a killed run leaves none; two runs at once write the same
+bytes twice. It is mapped into memory, and runs on one machine share its pages.
+
+The file is as private as the records. It holds the test split as well, apart.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import secrets
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import scipy
+import tqdm
+
+from ppnet.core import checks, records
+
+_VERSION = 1
+
+
+def path(
+  folder: pathlib.Path,
+  *,
+  split: str,
+  modality: str,
+  transforms: Sequence[Any],
+  hashes: Sequence[Any],
+) -> pathlib.Path:
+  """Where the numbers of these transformations of these records are.
+
+  Args:
+    folder: the prepared folder.
+    split: "train" or "test".
+    modality: such as "image".
+    transforms: the fixed ones, in order; their settings are fields.
+    hashes: of the records, as the card has them.
+  """
+  content = {
+    "version": _VERSION,
+    "numpy": np.__version__,
+    "scipy": scipy.__version__,
+    "transforms": [
+      [type(t).__module__, type(t).__qualname__, records.to_plain(t)]
+      for t in transforms
+    ],
+    "hashes": hashes,
+  }
+  text = json.dumps(records.to_plain(content), sort_keys=True)
+  digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+  return folder / f"fixed-{split}-{modality}-{digest}.npy"
+
+
+def open_or_make(
+  file: pathlib.Path,
+  make: Callable[[int], np.ndarray],
+  *,
+  count: int,
+  shape: tuple[int, ...],
+) -> np.ndarray:
+  """The stored array, mapped into memory and not writable.
+
+  Args:
+    file: from `path`.
+    make: position -> float32 [*shape]; called for each position once, in order,
+      where there is no file yet.
+    count: N, the number of records.
+    shape: of one item.
+
+  Returns:
+    float32 [N, *shape].
+
+  Raises:
+    ValueError: the file is not of this shape; a new one would be written if it
+      were not there.
+    sources.BadRecordError: whatever `make` raises; no file is left.
+  """
+  if not file.exists():
+    _write(file, make, count=count, shape=shape)
+  array = np.load(file, mmap_mode="r", allow_pickle=False)
+  if array.shape != (count, *shape) or array.dtype != np.float32:
+    checks.fail(
+      f"{file} to hold float32 {[count, *shape]}",
+      "It is damaged. Delete it; it is made again.",
+      shape=list(array.shape),
+      dtype=str(array.dtype),
+    )
+  return array
+
+
+def _write(
+  file: pathlib.Path,
+  make: Callable[[int], np.ndarray],
+  *,
+  count: int,
+  shape: tuple[int, ...],
+) -> None:
+  """Makes all items and gives the file its name."""
+  temporary = file.with_name(f".{file.name}.{secrets.token_hex(8)}")
+  try:
+    out = np.lib.format.open_memmap(
+      temporary, mode="w+", dtype=np.float32, shape=(count, *shape)
+    )
+    for position in tqdm.trange(
+      count, desc=f"transforming {file.name}", unit="record", delay=1
+    ):
+      out[position] = make(position)
+    out.flush()
+    del out
+    os.replace(temporary, file)
+  except BaseException:
+    with contextlib.suppress(FileNotFoundError):
+      os.unlink(temporary)
+    raise
