@@ -11,27 +11,17 @@ evaluated once, after the last step. Results are in RECORDS.md.
 """
 
 import dataclasses
-import importlib.util
 import pathlib
-import sys
+import runpy
 
 from ppnet import config
 
-
-def _fashion_mnist():
-  """The configuration beside this one; a flag loads files, not packages."""
-  path = pathlib.Path(__file__).with_name("fashion_mnist.py")
-  spec = importlib.util.spec_from_file_location("records_fashion_mnist", path)
-  assert spec is not None and spec.loader is not None, path
-  module = importlib.util.module_from_spec(spec)
-  sys.modules[spec.name] = module
-  spec.loader.exec_module(module)
-  return module
+_SAME = pathlib.Path(__file__).with_name("fashion_mnist.py")
 
 
 def get_config(epsilon: str = "3") -> config.ExperimentConfig:
   """The record's run at `epsilon`."""
-  experiment = _fashion_mnist().get_config(epsilon)
+  experiment = runpy.run_path(str(_SAME))["get_config"](epsilon)
   data = dataclasses.replace(
     experiment.data,
     path="/data/mnist",

@@ -11,8 +11,9 @@ on the data set's card), the transformations with their settings, the libraries
 that they are made of, and the version of this file's rules. Another
 configuration has another name and finds nothing; whoever changes the code of a
 transformation raises `_VERSION`. A file gets its name in one rename when it is
-complete, so that a killed run leaves none; two runs at once write the same
-bytes twice. It is mapped into memory, and runs on one machine share its pages.
+complete, so that a killed run leaves none of that name; two runs at once write
+the same bytes twice. It is mapped into memory, and runs on one machine share
+its pages.
 
 The file is as private as the records. It holds the test split as well, apart.
 """

@@ -188,24 +188,18 @@ def build(
   root = prng.root(config.seed)
   root_key = rules_lib.put(root, mesh) if is_at_hand else root
   is_trained = lora.trained_names(config)
+  has_average = config.optimizer.ema_decay is not None
+  parts: Any = {"is_trained": is_trained, "has_average": has_average}
   init_fn = functools.partial(
     initial.init_state,
     model=model,
     tx=tx,
     example=example,
     clip_norm=mechanism.initial_clip_norm,
-    is_trained=is_trained,
-    has_average=config.optimizer.ema_decay is not None,
+    **parts,
   )
   shardings, frozen_shardings = initial.shardings(
-    model,
-    tx,
-    example,
-    mesh,
-    rules,
-    mechanism,
-    is_trained=is_trained,
-    has_average=config.optimizer.ema_decay is not None,
+    model, tx, example, mesh, rules, mechanism, **parts
   )
   on_mesh = _on_mesh(mesh, rules, shardings.params)
   abstract_state = initial.abstract(
