@@ -7,7 +7,7 @@ The argument is epsilon, as in `fashion_mnist.py` beside this file, which says
 what is trained and how. Learning rate, number of steps, groups and norm were
 chosen on the training records of MNIST itself, the last 10,000 of them held
 out; that choice is not accounted for, since MNIST is public. The test split is
-evaluated once, after the last step. Results are in RECORDS.md.
+evaluated once, after the last step. See RECORDS.md.
 """
 
 import dataclasses
