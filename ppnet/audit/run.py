@@ -172,7 +172,7 @@ def _models(experiment: loop.Experiment, *, is_finished: bool) -> Models:
     answer_ids=experiment.tokenizer.answer_ids.tolist(),
     test=test,
   )
-  target = loop.restore(experiment)[0].params if is_finished else None
+  target = loop.restore(experiment)[0].released if is_finished else None
 
   def score() -> score_table.ScoreTable:
     table = scores.table(
