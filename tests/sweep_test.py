@@ -87,6 +87,7 @@ def test_shards_share_the_grid_out_and_one_summary(started, tmp_path):
   # Given again, only what failed is started, and is no failure any more.
   text, failed = go(tmp_path, (0, 1))
   assert [seed for seed, _ in started] == [0, 2, 1, 1]
+  assert started[3][1] == ["finished", "begun", "finished"]
   assert failed == []
   assert "3 finished" in text
 
