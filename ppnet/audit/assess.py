@@ -461,7 +461,7 @@ def headline(record: Mapping[str, Any]) -> dict[str, float | None]:
   """
   found = record["membership"]
   strongest = found["strongest"]
-  worth: dict[str, float | None] = {}
+  worth: dict[str, Any] = {}
   utility = record.get("utility")
   if utility and found["judged"] == "shadow models":
     worth = {

@@ -45,7 +45,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import dp_accounting
 import numpy as np
@@ -534,8 +534,8 @@ def _gaussian_epsilon(
 
   if excess(0.0) >= 0:
     return 0.0
-  largest = optimize.brentq(excess, 0.0, _MAX_MU, xtol=_MU_ERROR / 4)
-  return _epsilon_of_mu(largest - _MU_ERROR, delta)
+  largest: Any = optimize.brentq(excess, 0.0, _MAX_MU, xtol=_MU_ERROR / 4)
+  return _epsilon_of_mu(float(largest) - _MU_ERROR, delta)
 
 
 def _chance_of_fewer_errors(
@@ -558,10 +558,10 @@ def _chance_of_fewer_errors(
   lowest = stats.beta.ppf(
     spent / 2, max(counts.alarms, 1e-9), num_out - counts.alarms + 1
   )
-  ends = stats.norm.isf(
+  first, last = stats.norm.isf(
     [max(lowest, _TAIL), _upper(counts.alarms, num_out, spent)]
   )
-  rates = stats.norm.sf(np.linspace(*ends, _NUM_RATES + 1))
+  rates = stats.norm.sf(np.linspace(first, last, _NUM_RATES + 1))
   smaller, larger = rates[:-1], rates[1:]
   if not counts.alarms:
     smaller = np.append(0.0, smaller[1:])
