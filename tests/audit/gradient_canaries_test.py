@@ -297,11 +297,16 @@ def the_same_batch_over_and_over(monkeypatch):
 @pytest.mark.parametrize(
   "fault",
   [
-    no_noise,
     a_third_of_the_noise,
-    no_clipping,
-    each_example_ten_times,
-    the_same_batch_over_and_over,
+    *(
+      pytest.param(fault, marks=pytest.mark.slow)
+      for fault in (
+        no_noise,
+        no_clipping,
+        each_example_ten_times,
+        the_same_batch_over_and_over,
+      )
+    ),
   ],
 )
 def test_a_planted_fault_exceeds_the_claim(fault, monkeypatch):

@@ -69,7 +69,14 @@ def test_the_first_sum_is_that_of_the_features_and_nothing_else(engine):
   # Fails if: a feature is longer than the clip norm, and the mean too short.
 
 
-@pytest.mark.parametrize("engine", ["vmap", "ghost", "bookkeeping"])
+@pytest.mark.parametrize(
+  "engine",
+  [
+    "bookkeeping",
+    pytest.param("vmap", marks=pytest.mark.slow),
+    pytest.param("ghost", marks=pytest.mark.slow),
+  ],
+)
 def test_a_later_gradient_is_that_of_the_moved_features(engine):
   examples = batch(4)
   mean = units(examples).mean(axis=0)

@@ -8,6 +8,7 @@ import io
 
 import jax
 import numpy as np
+import pytest
 
 from ppnet import config as config_lib
 from ppnet.core import hosts, records
@@ -34,6 +35,7 @@ def train(workdir):
   return summary, np.concatenate([np.ravel(leaf) for leaf in leaves])
 
 
+@pytest.mark.slow  # Two real processes are a default test (processes_test).
 def test_a_follower_draws_counts_and_trains_as_the_first(tmp_path, monkeypatch):
   told = []
 
