@@ -362,9 +362,13 @@ def check_against_alone(**options):
   # counts, or a step's rounds are those of another model.
 
 
-def test_one_of_many_models_is_the_one_trained_alone():
-  """Eight models over four devices, two of them at once on each."""
-  check_against_alone(num_models=8, num_devices=4, width=2)
+@pytest.mark.parametrize(
+  ("num_models", "num_devices"),
+  [(2, 1), pytest.param(8, 4, marks=pytest.mark.slow)],
+)
+def test_one_of_many_models_is_the_one_trained_alone(num_models, num_devices):
+  """Two of them at once on each device."""
+  check_against_alone(num_models=num_models, num_devices=num_devices, width=2)
 
 
 @pytest.mark.slow

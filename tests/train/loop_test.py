@@ -260,7 +260,7 @@ def test_no_key_reaches_a_checkpoint(uninterrupted, prepared):
   ("axes", "gather_weights"),
   [
     pytest.param((8, 1, 1), False, marks=pytest.mark.slow),
-    ((2, 2, 2), False),
+    pytest.param((2, 2, 2), False, marks=pytest.mark.slow),
     ((2, 2, 2), True),
   ],
 )
