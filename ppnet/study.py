@@ -58,8 +58,6 @@ _MAY_DIFFER = (
   "data.prepared_dir",
   "data.prepare_workers",
   "audit.models_at_once",
-)
-_MAY_DIFFER_GROUPS = (
   "perf.",
   "mesh.",
   "table.",
@@ -468,14 +466,9 @@ def _check_done(
       records.read_json(cell.folder / "config.json")["config"]
     )
     new = workdirs.flatten(records.to_plain(cell_config(config, workdir, cell)))
-    differing = [
-      f"{name} ({old[name]!r} there, {new[name]!r} now)"
-      for name in sorted(old.keys() & new.keys())
-      if old[name] != new[name]
-      and name not in _MAY_DIFFER
-      and not name.startswith(_MAY_DIFFER_GROUPS)
-    ]
-    if differing:
+    ignored = old.keys() ^ new.keys()
+    ignored |= {name for name in old if workdirs.is_among(name, _MAY_DIFFER)}
+    if differing := workdirs.differences(old, new, ignore=ignored):
       checks.fail(
         f"{cell.folder} to hold the cell of this table",
         "Set these back, give another table.cells_dir, or delete that folder.",

@@ -42,6 +42,7 @@ of these tables, and no budget was spent on it (`tuning` says so in the record).
 
 import dataclasses
 import pathlib
+import runpy
 from collections.abc import Callable
 
 from ppnet import config, presets
@@ -60,19 +61,9 @@ _FULL = {
   "reviews": (1024, 9037),
   "digits": (256, 1350),
 }
-# The publisher's order, of which an IDX file knows nothing.
-_CLOTHES = (
-  "T-shirt/top",
-  "Trouser",
-  "Pullover",
-  "Dress",
-  "Coat",
-  "Sandal",
-  "Shirt",
-  "Sneaker",
-  "Bag",
-  "Ankle boot",
-)
+_CLOTHES = runpy.run_path(
+  str(pathlib.Path(__file__).parents[1] / "fashion_mnist.py")
+)["CLASS_NAMES"]
 
 
 def _fashion_mnist(folder: pathlib.Path) -> config.DataConfig:

@@ -45,28 +45,44 @@ def to_plain(value: Any) -> Any:
   return value
 
 
-def write_bytes(path: pathlib.Path, content: bytes) -> None:
-  """Replaces `path` atomically and durably."""
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Replaces `path` atomically and durably by what is written in the block.
+
+  Yields:
+    Where to write it, a name beside `path` that is not taken. Where the block
+    raises, nothing of it stays.
+  """
   path = pathlib.Path(path)
   temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-  # Not mkstemp: it hides the file from everybody else, and records are read by
-  # colleagues. The umask decides.
-  handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
   try:
-    with os.fdopen(handle, "wb") as file:
-      file.write(content)
-      file.flush()
-      os.fsync(file.fileno())
+    yield temporary
+    _sync(temporary)
     os.replace(temporary, path)
   except BaseException:
     with contextlib.suppress(FileNotFoundError):
       os.unlink(temporary)
     raise
-  folder = os.open(path.parent, os.O_RDONLY)
+  _sync(path.parent)  # The rename itself must survive a power cut.
+
+
+def _sync(path: pathlib.Path) -> None:
+  """Waits until a file, or a folder's names, are on disk."""
+  handle = os.open(path, os.O_RDONLY)
   try:
-    os.fsync(folder)  # The rename itself must survive a power cut.
+    os.fsync(handle)
   finally:
-    os.close(folder)
+    os.close(handle)
+
+
+def write_bytes(path: pathlib.Path, content: bytes) -> None:
+  """Replaces `path` atomically and durably."""
+  # Not mkstemp: it hides the file from everybody else, and records are read by
+  # colleagues. The umask decides.
+  with replacing(path) as temporary:
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    with os.fdopen(handle, "wb") as file:
+      file.write(content)
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

@@ -92,10 +92,10 @@ def run_name(name: str, overrides: Sequence[str]) -> str:
 
 def _is_part(name: str) -> bool:
   """Whether a field decides what a folder's experiment is."""
-  return not _is_among(name, _NOT_PART_OF_THE_EXPERIMENT)
+  return not is_among(name, _NOT_PART_OF_THE_EXPERIMENT)
 
 
-def _is_among(name: str, fields: Sequence[str]) -> bool:
+def is_among(name: str, fields: Sequence[str]) -> bool:
   """Whether a field, or its group, is listed."""
   return any(
     name.startswith(other) if other.endswith(".") else name == other
@@ -159,7 +159,7 @@ def check_same(path: pathlib.Path, config: Mapping[str, Any]) -> None:
   old = records.read_json(recorded)["config"]
   names = flatten(old).keys() | flatten(config).keys()
   ignore = [
-    name for name in names if not _is_part(name) or _is_among(name, _MAY_CHANGE)
+    name for name in names if not _is_part(name) or is_among(name, _MAY_CHANGE)
   ]
   differing = differences(old, config, ignore=ignore)
   if differing:

@@ -18,12 +18,9 @@ its pages.
 The file is as private as the records. It holds the test split as well, apart.
 """
 
-import contextlib
 import hashlib
 import json
-import os
 import pathlib
-import secrets
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -113,8 +110,7 @@ def _write(
   shape: tuple[int, ...],
 ) -> None:
   """Makes all items and gives the file its name."""
-  temporary = file.with_name(f".{file.name}.{secrets.token_hex(8)}")
-  try:
+  with records.replacing(file) as temporary:
     out = np.lib.format.open_memmap(
       temporary, mode="w+", dtype=np.float32, shape=(count, *shape)
     )
@@ -123,9 +119,3 @@ def _write(
     ):
       out[position] = make(position)
     out.flush()
-    del out
-    os.replace(temporary, file)
-  except BaseException:
-    with contextlib.suppress(FileNotFoundError):
-      os.unlink(temporary)
-    raise

@@ -294,20 +294,18 @@ def the_same_batch_over_and_over(monkeypatch):
   )
 
 
+FAULTS = (
+  a_third_of_the_noise,
+  no_noise,
+  no_clipping,
+  each_example_ten_times,
+  the_same_batch_over_and_over,
+)
+
+
 @pytest.mark.parametrize(
   "fault",
-  [
-    a_third_of_the_noise,
-    *(
-      pytest.param(fault, marks=pytest.mark.slow)
-      for fault in (
-        no_noise,
-        no_clipping,
-        each_example_ten_times,
-        the_same_batch_over_and_over,
-      )
-    ),
-  ],
+  [FAULTS[0], *(pytest.param(f, marks=pytest.mark.slow) for f in FAULTS[1:])],
 )
 def test_a_planted_fault_exceeds_the_claim(fault, monkeypatch):
   audited = subject(**CLAIM)
@@ -363,16 +361,7 @@ def test_size_and_power_over_twenty_seeds(epsilon, share):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-  "fault",
-  [
-    no_noise,
-    a_third_of_the_noise,
-    no_clipping,
-    each_example_ten_times,
-    the_same_batch_over_and_over,
-  ],
-)
+@pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_found_every_time(fault, monkeypatch):
   audited = subject(**CLAIM)
   fault(monkeypatch)
