@@ -7,6 +7,7 @@ import shutil
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import PIL.Image
 import pytest
 
@@ -395,12 +396,26 @@ def _flip_bits(workdir, step):
     path.write_bytes(content)
 
 
+def _change_a_number(workdir, step):
+  """Writes a checkpoint again with one other number: files that are whole."""
+  folder = workdir / "checkpoints" / str(step) / "state"
+  with ocp.StandardCheckpointer() as checkpointer:
+    state = checkpointer.restore(folder)
+    largest = max(jax.tree.leaves(state["params"]), key=lambda leaf: leaf.size)
+    place = (0,) * largest.ndim
+    state = jax.tree.map(
+      lambda leaf: leaf.at[place].add(1) if leaf is largest else leaf, state
+    )
+    checkpointer.save(folder, state, force=True)
+
+
 # Orbax's other reads end after its event loop, which Python reports.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize(
   "damage",
   [
-    "bits",
+    "number",
+    pytest.param("bits", marks=pytest.mark.slow),
     pytest.param("cut", marks=pytest.mark.slow),
     pytest.param("gone", marks=pytest.mark.slow),
   ],
@@ -411,7 +426,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
   interrupted_at(tmp_path, prepared, monkeypatch, dispatch=5)
   folder = tmp_path / "checkpoints"
   assert sorted(path.name for path in folder.iterdir()) == ["2", "4"]
-  if damage == "bits":
+  if damage == "number":
+    _change_a_number(tmp_path, 4)
+  elif damage == "bits":
     _flip_bits(tmp_path, 4)
   elif damage == "cut":
     for path in (folder / "4" / "state").rglob("*"):
