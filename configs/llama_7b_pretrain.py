@@ -14,7 +14,8 @@ not been trained here; that it compiles for a pod is tested:
 
 Where 13 GiB of a chip are free, microbatches of 32 with weights gathered once a
 step send half as much (BUILD_NOTES.md, "Seven billion parameters on a pod"):
---config.perf.microbatch_size=32 --config.perf.gather_weights=true.
+--config.perf.microbatch_size=32 --config.perf.gather_weights=true. Where memory
+is short: --config.mesh.tensor=8 --config.perf.microbatch_size=8.
 
 The data are yours to name: --config.data.source, --config.data.path and the
 tokenizer. Weights to begin with: --config=configs/llama_7b_pretrain.py:DIR.

@@ -70,6 +70,7 @@ PyTree = Any
 # See the module's docstring.
 _KEEP_SHARE = 0.4
 _KEEP_SHARE_LOW = 1.4
+_FEW_UNITS = 4  # On a device.
 
 
 class Way(enum.Enum):
@@ -523,14 +524,22 @@ def _kept_stats(
   kept: jax.Array, slices: tuple[int, ...]
 ) -> outer_products.Stats:
   """outer_products.Stats of [*slices, U, *slice]."""
-  axes = tuple(range(len(slices) + 1, kept.ndim))
-  kept = kept.astype(jnp.float32)
-  zeros = jnp.zeros(kept.shape[: len(slices) + 1])
+  axis = len(slices)
+
+  def squares(kept):  # [*slices, N, *slice]
+    axes = tuple(range(axis + 1, kept.ndim))
+    kept = kept.astype(jnp.float32)
+    shrunk = kept * outer_products.SHRINK
+    return [jnp.sum(jnp.square(x), axis=axes) for x in (kept, shrunk)]
+
+  parts = [squares(part) for part in _few(kept, axis)]
+  squared, shrunk = (
+    jnp.stack(each, -1).reshape(kept.shape[: axis + 1])
+    for each in zip(*parts, strict=True)
+  )
+  zeros = jnp.zeros_like(squared)
   return outer_products.Stats(
-    squared=jnp.sum(jnp.square(kept), axis=axes),
-    shrunk=jnp.sum(jnp.square(kept * outer_products.SHRINK), axis=axes),
-    spread=zeros,
-    spread_shrunk=zeros,
+    squared=squared, shrunk=shrunk, spread=zeros, spread_shrunk=zeros
   )
 
 
@@ -538,15 +547,18 @@ def _kept_sum(kept: jax.Array, weights: jax.Array, leaf: int) -> jax.Array:
   """Sum over units of [*slices, U, *slice] times weights [*slices, U, 2]."""
   num_slices = weights.ndim - 2
 
-  def total(pair):  # [..., U, *slice], [..., U, 2]
-    kept, weights = pair
+  def weighted(kept, weights):  # [..., N, *slice], [..., N, 2]
     shape = weights.shape[:-1] + (1,) * (kept.ndim - weights.ndim + 1)
     first, second = (weights[..., i].reshape(shape) for i in (0, 1))
     keep = outer_products.is_kept(weights).reshape(shape)
     # Select, do not multiply by zero: 0 * NaN is NaN.
-    wide = kept.astype(jnp.float32)
-    chosen = jnp.where(keep, wide * first * second, 0.0)
-    return layout.grad(jnp.sum(chosen, axis=weights.ndim - 2), leaf)
+    return jnp.where(keep, kept.astype(jnp.float32) * first * second, 0.0)
+
+  def total(pair):  # [..., U, *slice], [..., U, 2]
+    axis = pair[1].ndim - 2
+    parts = zip(*(_few(each, axis) for each in pair), strict=True)
+    chosen = sum(weighted(*part) for part in parts)
+    return layout.grad(jnp.sum(chosen, axis=axis), leaf)
 
   if not num_slices or not layout.is_spread():
     return total((kept, weights))
@@ -555,6 +567,19 @@ def _kept_sum(kept: jax.Array, weights: jax.Array, leaf: int) -> jax.Array:
     lambda x: x.reshape(-1, *x.shape[num_slices:]), (kept, weights)
   )
   return jax.lax.map(total, flat)
+
+
+def _few(value: jax.Array, axis: int) -> list[jax.Array]:
+  """An axis of units, one of each device at a time where these are few.
+
+  XLA reduces along a short leading axis, or for each entry of it, at a half to
+  a third of the speed at which it goes through the entries one by one.
+  """
+  by_device = layout.by_device(value, axis)
+  num_each = by_device.shape[axis + 1]
+  if num_each > _FEW_UNITS:
+    return [value]
+  return [jnp.take(by_device, i, axis + 1) for i in range(num_each)]
 
 
 def _recorded_sum(

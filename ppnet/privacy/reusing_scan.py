@@ -164,6 +164,7 @@ class _Loop:
       sources=sources,
       masks=tuple(masks),
       consts=tuple(map(_shape, _pick(consts, masks[0]))),
+      xs=tuple(map(_shape, _pick(xs, masks[2]))),
       taps=tuple(map(_shape, taps)),
       slots=_slots(taps, own),
     )
@@ -174,10 +175,17 @@ class _Loop:
     ct_carry, ct_ys, _ = cotangents
     ct_ys = _floats(ct_ys)
     slots = dict(residuals.slots)
+    unplaced = [i for i in range(len(residuals.taps)) if i not in slots]
     fixed, sliced, whole = residuals.parts()
+    # Not outputs of the scan: XLA would fill their stacks with zeros first,
+    # as it does not see that a loop that runs backwards writes all of them.
+    stacks = [
+      jax.lax.empty(x.shape, x.dtype)
+      for x in (*residuals.xs, *(residuals.taps[i] for i in unplaced))
+    ]
 
     def one(state, slices):
-      ct_carry, ct_consts, whole = state
+      ct_carry, ct_consts, whole, stacks = state
       number, sliced, given = slices
       read, after = _read(whole, number, self.length)
       values = fixed | sliced | read
@@ -195,18 +203,24 @@ class _Loop:
         whole[source] = jax.lax.dynamic_update_index_in_dim(
           stack, ct_tap[i].reshape(stack.shape[1:]), after, 0
         )
-      rest = [ct for i, ct in enumerate(ct_tap) if i not in slots]
-      return (ct_carry, ct_consts, whole), (ct_x, rest)
+      stacks = [
+        jax.lax.dynamic_update_index_in_dim(stack, ct, number, 0)
+        for stack, ct in zip(
+          stacks, (*ct_x, *(ct_tap[i] for i in unplaced)), strict=True
+        )
+      ]
+      return (ct_carry, ct_consts, whole, stacks), None
 
     zeros = [jnp.zeros(x.shape, x.dtype) for x in residuals.consts]
     ct_carry = [_instantiated(ct) for ct in _floats(ct_carry)]
     given = {i: ct for i, ct in enumerate(ct_ys) if not _is_zero(ct)}
-    (ct_carry, ct_consts, whole), (ct_xs, rest) = self._scan(
+    (ct_carry, ct_consts, whole, stacks), _ = self._scan(
       one,
-      (ct_carry, zeros, whole),
+      (ct_carry, zeros, whole, stacks),
       (jnp.arange(self.length), sliced, given),
       not self.reverse,
     )
+    ct_xs, rest = stacks[: len(residuals.xs)], stacks[len(residuals.xs) :]
     unused = iter(rest)
     ct_taps = [
       whole[slots[i]].reshape(tap.shape) if i in slots else next(unused)
@@ -220,7 +234,15 @@ class _Loop:
 @functools.partial(
   jax.tree_util.register_dataclass,
   data_fields=["stored"],
-  meta_fields=["treedef", "sources", "masks", "consts", "taps", "slots"],
+  meta_fields=[
+    "treedef",
+    "sources",
+    "masks",
+    "consts",
+    "xs",
+    "taps",
+    "slots",
+  ],
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Residuals:
@@ -232,6 +254,7 @@ class _Residuals:
     sources: of the pullback's leaves.
     masks: which consts, carries, xs and taps have a cotangent.
     consts: shapes of the consts that have one.
+    xs: shapes of the xs that have one.
     taps: shapes of the taps.
     slots: (tap, source): whose cotangent takes which residual's place.
   """
@@ -241,6 +264,7 @@ class _Residuals:
   sources: tuple[Source, ...]
   masks: tuple[tuple[bool, ...], ...]
   consts: tuple[jax.ShapeDtypeStruct, ...]
+  xs: tuple[jax.ShapeDtypeStruct, ...]
   taps: tuple[jax.ShapeDtypeStruct, ...]
   slots: tuple[tuple[int, Source], ...]
 

@@ -178,6 +178,20 @@ def unit_grads(value: jax.Array, leaf: int, num_axes: int) -> jax.Array:
   )
 
 
+def by_device(value: jax.Array, axis: int) -> jax.Array:
+  """Splits an axis of units: [..., devices, of a device, ...].
+
+  Where they do not divide, each is taken for one of another device.
+  """
+  num_units = value.shape[axis]
+  parts = 1
+  if (current := _CURRENT.get()) is not None:
+    parts = rules_lib.num_parts(current.mesh, current.rules.batch)
+  parts = parts if num_units % parts == 0 else num_units
+  shape = (parts, num_units // parts)
+  return value.reshape(*value.shape[:axis], *shape, *value.shape[axis + 1 :])
+
+
 def grad(value: jax.Array, leaf: int) -> jax.Array:
   """A sum over units, of a parameter or of its slice: as the parameter is."""
   if (current := _CURRENT.get()) is None or not current.specs:

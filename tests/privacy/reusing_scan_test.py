@@ -83,6 +83,28 @@ def test_gradients_are_those_of_an_ordinary_scan(length, reverse, unroll):
   # to another iteration's slice, an integer or a key takes a gradient.
 
 
+def test_the_reverse_loop_fills_no_stack_before_it_writes_it():
+  consts, carry, xs, taps = case(5)
+  fixed = {"length": 5, "reverse": False, "unroll": 1}
+
+  def loss(weight, taps):
+    weights = xs | {"weight": weight}
+    (_, last), _, _ = reusing_scan.scan(
+      body, consts, carry, weights, taps, **fixed
+    )
+    return jnp.sum(last)
+
+  traced = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(xs["weight"], taps)
+  *_, reverse = [e for e in traced.eqns if e.primitive.name == "scan"]
+  assert len(reverse.outvars) == reverse.params["num_carry"]
+  made = [e for e in traced.eqns if e.primitive.name == "empty"]
+  # The weight's, and that of a tap that fits in no residual's place.
+  assert {xs["weight"].shape, taps["small"].shape} <= {
+    e.outvars[0].aval.shape for e in made
+  }
+  # Fails if: cotangents are outputs of the loop, which XLA fills with zeros.
+
+
 def test_bookkeeping_takes_hardly_more_memory_than_no_clipping():
   cfg = config.LlamaConfig(
     vocab_size=64,

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from ppnet import config as config_lib
 from ppnet.core import hlo, param_ops
@@ -128,6 +130,26 @@ def test_kept_gradients_are_chosen_by_what_one_device_holds():
     assert layout.ways(gate[0].view.leaf, 2) == (1, 2)
     assert ghost.choose_way(gate, may_probe=False) is ghost.Way.KEEP
   # Fails if: the way is chosen by the shapes of all devices together.
+
+
+def test_units_of_each_device_are_taken_without_asking_another():
+  mesh = mesh_of(2, 2, 2)
+  value = jnp.arange(3.0 * 8 * 5).reshape(3, 8, 5)
+  sharding = NamedSharding(mesh, P(None, ("data", "fsdp"), None))
+
+  def second_of_each(value):
+    with layout.using(mesh, RULES):
+      return jnp.take(layout.by_device(value, 1), 1, axis=2)
+
+  program = jax.jit(second_of_each, in_shardings=sharding)
+  got = program(jax.device_put(value, sharding))
+  np.testing.assert_array_equal(got, value[:, 1::2])
+  least, _ = hlo.cost(program.lower(value).compile().as_text())
+  assert not least.collectives
+  with layout.using(mesh, RULES):  # Six among four devices: one by one.
+    assert layout.by_device(value[:, :6], 1).shape == (3, 6, 1, 5)
+  assert layout.by_device(value, 1).shape == (3, 1, 8, 5)
+  # Fails if: units are split as no device holds them.
 
 
 def test_nothing_is_said_on_one_device_or_outside_a_step():
