@@ -299,6 +299,7 @@ class CompileSearch(enum.Enum):
   NONE = "none"
   MICROBATCH = "microbatch"  # Up to three more: the largest that fits.
   ENGINE = "engine"  # That of every engine; the shortest step.
+  LAYOUT = "layout"  # Weights gathered once or not, twice the tensor ways.
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)

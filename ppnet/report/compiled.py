@@ -106,7 +106,7 @@ def _recommended(record: Mapping[str, Any]) -> list[str]:
     return []
   rows = [
     [
-      each["engine"],
+      " ".join((each["engine"], *_flags(each["flags"]))),
       str(each["microbatch_size"]),
       _size(each["total_bytes"]),
       "yes" if each["fits"] else "no",
@@ -117,12 +117,26 @@ def _recommended(record: Mapping[str, Any]) -> list[str]:
   ]
   header = ("engine", "microbatch", "together", "fits", "step", "sent")
   lines = ["", tables.markdown_table(header, rows), ""]
-  if (best := found["best"]) is None:
+  best, leanest = found["best"], found["leanest"]
+  if best is None:
     return [*lines, "Nothing that was tried fits: split more ways (mesh)."]
-  advice = f"--config.perf.microbatch_size={best['microbatch_size']}"
-  if best["engine"] != record["tried_engine"]:
-    advice += f" --config.perf.engine={best['engine'].lower()}"
-  return [*lines, f"Recommended: {advice}"]
+  lines.append(f"Recommended: {_advice(best, record)}")
+  if leanest != best:
+    lines.append(f"Least memory: {_advice(leanest, record)}")
+  return lines
+
+
+def _advice(tried: Mapping[str, Any], record: Mapping[str, Any]) -> str:
+  """Flags that make a run of it."""
+  flags = {"perf.microbatch_size": tried["microbatch_size"]}
+  if tried["engine"] != record["tried_engine"]:
+    flags["perf.engine"] = tried["engine"].lower()
+  return " ".join(f"--config.{flag}" for flag in _flags(flags | tried["flags"]))
+
+
+def _flags(flags: Mapping[str, Any]) -> list[str]:
+  """As they are typed."""
+  return [f"{name}={str(value).lower()}" for name, value in flags.items()]
 
 
 def _secs(secs: float) -> str:

@@ -12,7 +12,6 @@ program itself beside what the compiler says, and of checkpoints on their way to
 the host. Of time see `train.estimate`.
 """
 
-import copy
 import dataclasses
 import math
 import os
@@ -30,8 +29,8 @@ from ppnet.core import checks, hlo, prng
 from ppnet.privacy import mechanism as mechanism_lib
 from ppnet.sharding import rules as rules_lib
 from ppnet.train import estimate as estimate_lib
-from ppnet.train import microbatch
 from ppnet.train import program as program_lib
+from ppnet.train import recommend
 
 _EXAMPLES = ("v4:4x4x4", "v5e:8x8", "v5p:4x4x4", "v6e:8x8")
 
@@ -99,8 +98,8 @@ def compile_for(config: config_lib.ExperimentConfig) -> dict[str, Any]:
     "num_tokens", "expected_batch_size", "microbatch_size",
     "tried_engine" (as configured), "engine" (what AUTO is, and why),
     "attention", "fits", "programs", a list of `Compiled`, "step", see
-    `estimate.step`, and, where `compile_search` asks for it, "recommended":
-    all that was "tried", and the "best" of it or None.
+    `estimate.step`, and, where `compile_search` asks for it, "recommended",
+    see `recommend.recommend`.
 
   Raises:
     ValueError: no such topology, no libtpu, or a mesh, microbatch or model that
@@ -137,114 +136,28 @@ def compile_for(config: config_lib.ExperimentConfig) -> dict[str, Any]:
     "attention": config.model.decoder.attention,
     "fits": all(each.fits for each in programs),
     "programs": programs,
-    "step": _step(config, config.perf.microbatch_size, *programs),
+    "step": recommend.step(config, config.perf.microbatch_size, *programs),
   }
   if config.compile_search is not config_lib.CompileSearch.NONE:
-    record["recommended"] = _recommend(
+    record["recommended"] = recommend.recommend(
       config,
-      devices,
-      chip,
       programs,
       unit=rules_lib.num_parts(program.mesh, program.rules.batch),
+      available_bytes=chip.available_bytes,
+      programs_of=lambda other: _programs(other, devices, chip),
     )
   return record
 
 
-def _step(
-  config: config_lib.ExperimentConfig,
-  microbatch_size: int,
-  accumulate: Compiled,
-  *once: Compiled,
-) -> dict[str, Any] | None:
-  """Time of a whole step, where all programs tell theirs."""
-  times = [each.least for each in (accumulate, *once) if each.least is not None]
-  if len(times) <= len(once):
-    return None
-  return estimate_lib.step(
-    *times,
-    expected_batch_size=config.train.expected_batch_size,
-    microbatch_size=microbatch_size,
-  )
-
-
-def _recommend(
+def _programs(
   config: config_lib.ExperimentConfig,
   devices: list[jax.Device],
   chip: estimate_lib.Chip,
-  programs: list[Compiled],
-  *,
-  unit: int,
-) -> dict[str, Any]:
-  """Which microbatch, and which engine, to take; every one tried is listed.
-
-  The first engine is the configuration's own, and its first microbatch is
-  compiled already. See `microbatch.search`; `unit` devices share a microbatch.
-  """
-  accumulate, *once = programs
-  tried = []
-
-  def try_one(engine, size):
-    again = copy.deepcopy(config)
-    again.perf.engine, again.perf.microbatch_size = engine, size
-    program = _program(again, devices)
-    call = next(iter(_calls(again, program)))
-    return _compile(call, chip, dict(program.mesh.shape))
-
-  for engine in _engines(config):
-    is_own = engine is config.perf.engine
-    known = {config.perf.microbatch_size: accumulate} if is_own else {}
-    found = microbatch.search(
-      lambda size, engine=engine, known=known: (
-        known.get(size) or try_one(engine, size)
-      ),
-      start=config.perf.microbatch_size,
-      unit=unit,
-      largest=config.train.expected_batch_size,
-      available_bytes=chip.available_bytes,
-    )
-    tried += [
-      {
-        "engine": engine,
-        "microbatch_size": size,
-        "fits": each.fits,
-        "total_bytes": each.total_bytes,
-        "message": each.message,
-        "step": _step(config, size, each, *once),
-      }
-      for size, each in found.items()
-    ]
-  best = None
-  fitting = [
-    each for each in tried if each["fits"] and all(other.fits for other in once)
-  ]
-  if fitting:
-    best = min(fitting, key=_preference)
-  return {"tried": tried, "best": best}
-
-
-def _preference(tried: Mapping[str, Any]) -> tuple[float, int]:
-  """Shortest step first; where no time is known, the largest microbatch."""
-  step = tried["step"]
-  secs = step["most_secs"] if step else math.inf
-  return secs, -tried["microbatch_size"]
-
-
-def _engines(config: config_lib.ExperimentConfig) -> list[config_lib.Engine]:
-  """The configuration's own engine, and others if they are asked for."""
-  own = config.perf.engine
-  if (
-    config.compile_search is not config_lib.CompileSearch.ENGINE
-    or not config.privacy.enabled
-    or config.privacy.clipping is not config_lib.Clipping.PER_EXAMPLE
-  ):
-    return [own]
-  others = [config_lib.Engine.BOOKKEEPING, config_lib.Engine.VMAP]
-  low = (
-    config.model.decoder.compute_dtype is not config_lib.ComputeDtype.FLOAT32
-  )
-  if not low:  # It refuses other dtypes.
-    others.append(config_lib.Engine.GHOST)
-  return [own, *(engine for engine in others if engine is not own)]
+) -> Iterator[Compiled]:
+  """Compiles what a step runs, as it is asked for."""
+  program = _program(config, devices)
+  for call in _calls(config, program):
+    yield _compile(call, chip, dict(program.mesh.shape))
 
 
 def topology_devices(name: str) -> list[jax.Device]:

@@ -273,10 +273,11 @@ def test_flops_count_loops_branches_and_devices():
   assert count(spread) == (216, 216)
 
 
-def test_every_microbatch_that_is_tried_is_shared_evenly(monkeypatch):
+def compiled_by_a_line(monkeypatch, search, bytes_of):
+  """`compile_only.compile_for` on eight devices of 1000 bytes."""
   config = tiny.experiment(expected_batch_size=500)
   config.topology = "of this test"
-  config.compile_search = config_lib.CompileSearch.ENGINE
+  config.compile_search = search
   config.mesh = config_lib.MeshConfig(data=1, fsdp=-1)
   config.perf = config_lib.PerfConfig(
     microbatch_size=8, engine=config_lib.Engine.BOOKKEEPING
@@ -287,10 +288,10 @@ def test_every_microbatch_that_is_tried_is_shared_evenly(monkeypatch):
   )
   monkeypatch.setattr(compile_only, "topology_devices", lambda _: jax.devices())
 
-  def compile_by_a_line(call, chip, mesh):
+  def compile_one(call, chip, mesh):
     total = 500
     if call.name == "accumulate":
-      total = 10 * call.args[2]["tokens"].shape[0] + 303
+      total = bytes_of(call.args[2]["tokens"].shape[0], mesh)
     return compile_only.Compiled(
       name=call.name,
       fits=total <= chip.available_bytes,
@@ -300,8 +301,16 @@ def test_every_microbatch_that_is_tried_is_shared_evenly(monkeypatch):
       compile_secs=0.0,
     )
 
-  monkeypatch.setattr(compile_only, "_compile", compile_by_a_line)
-  record = compile_only.compile_for(config)
+  monkeypatch.setattr(compile_only, "_compile", compile_one)
+  return compile_only.compile_for(config)
+
+
+def test_every_microbatch_that_is_tried_is_shared_evenly(monkeypatch):
+  record = compiled_by_a_line(
+    monkeypatch,
+    config_lib.CompileSearch.ENGINE,
+    lambda num_rows, mesh: 10 * num_rows + 303,
+  )
   found = record["recommended"]
   sizes = {each["microbatch_size"] for each in found["tried"]}
   assert {8, 64} <= sizes
@@ -310,3 +319,30 @@ def test_every_microbatch_that_is_tried_is_shared_evenly(monkeypatch):
   assert engines == set(config_lib.Engine) - {config_lib.Engine.AUTO}
   assert found["best"]["microbatch_size"] == 64
   # Fails if: devices along fsdp are forgotten; 69 would be tried.
+
+
+def test_layouts_that_are_tried_and_the_one_of_least_memory(monkeypatch):
+  record = compiled_by_a_line(
+    monkeypatch,
+    config_lib.CompileSearch.LAYOUT,
+    lambda num_rows, mesh: 10 * num_rows + 600 // mesh["tensor"],
+  )
+  found = record["recommended"]
+  smallest = {
+    tuple(each["flags"].items()): each["microbatch_size"]
+    for each in reversed(found["tried"])
+  }
+  twice = (("mesh.tensor", 2), ("perf.gather_weights", False))
+  assert smallest == {(): 8, (("perf.gather_weights", True),): 8, twice: 4}
+  leanest = found["leanest"]
+  assert (leanest["microbatch_size"], leanest["total_bytes"]) == (4, 340)
+  # Times are not known; 68 rows fit beside 300 bytes, 40 beside 600.
+  assert found["best"]["microbatch_size"] == 68
+  lines = compiled.compile_table(records.to_plain(record)).splitlines()
+  assert "BOOKKEEPING mesh.tensor=2 perf.gather_weights=false" in "".join(lines)
+  assert lines[-1] == (
+    "Least memory: --config.perf.microbatch_size=4 --config.mesh.tensor=2"
+    " --config.perf.gather_weights=false"
+  )
+  # Fails if: a layout is compiled on the configuration's mesh, or its smallest
+  # microbatch is that of another.
