@@ -177,9 +177,10 @@ def _measure(
   measured = {"secs": secs, "cpu_secs": cpu_secs, "memory_mib": memory_mib}
   if name == _ALONE:
     rows = records.latest_rows(workdir / "metrics.jsonl", split="train")
-    rate = rows[-1]["examples_per_sec"]
-    examples = config.train.num_steps * config.train.expected_batch_size
-    return measured | {"steps_secs": examples / rate}
+    # The first one has none: it compiled.
+    steps = [row["nonprivate/machine/step_secs"] for row in rows[1:]]
+    median = np.median([step for step in steps if step is not None])
+    return measured | {"steps_secs": config.train.num_steps * float(median)}
   return measured | _extrapolated(
     json.loads((workdir / "times.json").read_text()),
     measured,

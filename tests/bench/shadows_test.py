@@ -1,9 +1,12 @@
 """What a shadow model costs: how a part of the steps stands for all of them."""
 
+import io
+
 import pytest
 
 from ppnet import config as config_lib
 from ppnet.bench import shadows
+from tests import tiny
 
 
 def test_the_steps_that_were_not_measured_last_as_long_as_the_others():
@@ -56,3 +59,22 @@ def test_rows_compare_processes_and_steps_alone():
   assert "0.200" in text
   assert "0.300" in text
   assert text.count("4 models in one process") == 2
+
+
+@pytest.mark.slow
+def test_a_round_measures_both_for_real(tmp_path):
+  config = tiny.experiment(num_steps=4)
+  config.job = config_lib.Job.BENCHMARK
+  config.audit = config_lib.AuditConfig(num_models=2, models_at_once=2)
+  config.bench = config_lib.BenchConfig(
+    subject=config_lib.BenchSubject.SHADOWS, cases="own", rounds=1
+  )
+  (tmp_path / "bench").mkdir()
+  record = shadows.run(config, tmp_path / "bench", log=io.StringIO())
+  assert record["is_complete"]
+  assert len(record["rows"]) == 4
+  for row in record["rows"]:
+    assert row["secs"] > 0
+  whole, _, steps, _ = record["rows"]
+  assert steps["secs"] < whole["secs"]  # Without start-up and compilation.
+  # Fails if: a name in a run's metrics is not what the benchmark reads.
