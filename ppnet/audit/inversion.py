@@ -27,6 +27,7 @@ from ppnet.core import checks, trees
 from ppnet.data import examples as examples_lib
 from ppnet.models import lora
 from ppnet.privacy import accounting, clipping, noise
+from ppnet.sharding import rules as rules_lib
 from ppnet.train import loop, losses
 from ppnet.train import step as step_lib
 
@@ -290,18 +291,22 @@ def _cosine(left: Any, right: Any) -> Float[Array, ""]:
 
 
 def _shares(observed: Any, noise_stddev: float | Float[Array, ""]) -> Any:
-  """How much each array's cosine counts: by its signal's part of its square.
+  """How much each array's cosine counts: signal / (square + all of the noise).
 
-  Where nothing is above the noise, all count the same.
+  Without noise all count the same. In noise they count by their squares, as in
+  one cosine of all of them, which is what is likeliest then; an array that is
+  nothing but noise does not count.
   """
+  sizes = [leaf.size for leaf in jax.tree.leaves(observed)]
+  noise_square = jnp.square(noise_stddev)
 
   def share(leaf):
     square = jnp.sum(jnp.square(leaf))
-    signal = square - leaf.size * jnp.square(noise_stddev)
-    return jnp.maximum(signal / jnp.maximum(square, 1e-20), 1e-6)
+    signal = jnp.maximum(square - leaf.size * noise_square, 0.0)
+    return signal / jnp.maximum(square + sum(sizes) * noise_square, 1e-20)
 
   shares = jax.tree.map(share, observed)
-  total = sum(jax.tree.leaves(shares))
+  total = jnp.maximum(sum(jax.tree.leaves(shares)), 1e-20)
   return jax.tree.map(lambda x: x / total, shares)
 
 
@@ -314,11 +319,12 @@ def _batch_and_public(
   """
   check_pictures(experiment)
   dataset = experiment.datasets["train"]
-  row = dataset.batch([examples_lib.Row(position)], size=1)
   program = experiment.program
-  batch = step_lib.grad_batch(
-    program.put_batch(row), program.root_key, jnp.int32(0)
-  )
+  # As many rows as the devices share, of which one is a record.
+  num_rows = rules_lib.num_parts(program.mesh, program.rules.batch)
+  rows = dataset.batch([examples_lib.Row(position)], size=num_rows)
+  row = jax.tree.map(lambda x: x[:1], program.put_batch(rows))
+  batch = step_lib.grad_batch(row, program.root_key, jnp.int32(0))
   others = experiment.datasets["test"]
   count = min(_NUM_PUBLIC, len(others))
   public = others.batch(

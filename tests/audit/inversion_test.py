@@ -9,6 +9,7 @@ import pytest
 
 from ppnet.audit import inversion
 from ppnet.core import prng, records
+from ppnet.data import examples
 from ppnet.report import inversion as inversion_figures
 from ppnet.train import loop
 from tests import tiny
@@ -81,6 +82,20 @@ def test_psnr_has_its_closed_form():
   assert inversion.peak_to_noise(
     picture, picture + 0.2, peak=2.0
   ) == pytest.approx(20.0)
+
+
+def test_one_record_is_attacked_on_any_number_of_devices(tmp_path):
+  (tmp_path / "run").mkdir()
+  experiment = loop.open_experiment(
+    tiny.experiment(), tmp_path / "run", devices=jax.devices()[:2]
+  )
+  batch, public = inversion._batch_and_public(experiment, 3)
+  dataset = experiment.datasets["train"]
+  expected = dataset.batch([examples.Row(3)], size=1)
+  np.testing.assert_array_equal(batch["image"], expected["image"])
+  assert batch["key"].shape == (1,)
+  assert public.shape[1:] == batch["image"].shape[1:]
+  # Fails if: one record is to be shared by two devices.
 
 
 @pytest.mark.slow
