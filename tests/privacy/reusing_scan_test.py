@@ -10,6 +10,7 @@ from ppnet import config
 from ppnet.core import param_ops
 from ppnet.models import llama
 from ppnet.privacy import clipping, reusing_scan
+from ppnet.privacy import taps as taps_lib
 
 
 def plain_scan(body, consts, carry, xs, taps, **options):
@@ -96,7 +97,8 @@ def test_the_reverse_loop_fills_no_stack_before_it_writes_it():
 
   traced = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(xs["weight"], taps)
   *_, reverse = [e for e in traced.eqns if e.primitive.name == "scan"]
-  assert len(reverse.outvars) == reverse.params["num_carry"]
+  first_carry, first_x = taps_lib._scan_parts(reverse)
+  assert len(reverse.outvars) == first_x - first_carry
   made = [e for e in traced.eqns if e.primitive.name == "empty"]
   # The weight's, and that of a tap that fits in no residual's place.
   assert {xs["weight"].shape, taps["small"].shape} <= {
