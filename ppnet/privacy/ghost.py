@@ -579,7 +579,10 @@ def _few(value: jax.Array, axis: int) -> list[jax.Array]:
   num_each = by_device.shape[axis + 1]
   if num_each > _FEW_UNITS:
     return [value]
-  return [jnp.take(by_device, i, axis + 1) for i in range(num_each)]
+  return [
+    jax.lax.index_in_dim(by_device, i, axis + 1, keepdims=False)
+    for i in range(num_each)
+  ]
 
 
 def _recorded_sum(
