@@ -464,8 +464,8 @@ def headline(record: Mapping[str, Any]) -> dict[str, float | None]:
   worth: dict[str, Any] = {}
   utility = record.get("utility")
   if utility and found["judged"] == "shadow models":
-    worth = {
-      name: float(np.mean([own[name] for own in utility]))
+    worth = {  # A record says "nan" where a class is missing from the split.
+      name: float(np.mean([float(own[name]) for own in utility]))
       for name in utility[0]
     } | {"num_models": len(utility)}
   return worth | {

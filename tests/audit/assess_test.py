@@ -184,3 +184,12 @@ def test_headline_takes_each_number_from_its_strongest_attack():
   assert head["tpr_at_0.1_fpr"] >= found["attacks"][0]["tpr_at_0.001"].value
   assert head["epsilon_lower_bound"] == max(b["epsilon"] for b in bounds)
   assert head["leakage_held_out"] < head["leakage"]
+  utility = [
+    {"accuracy": accuracy, "auc_roc": float("nan")} for accuracy in (0.5, 0.75)
+  ]
+  record = records.to_plain(record | {"utility": utility})
+  head = assess.headline(record)
+  assert head["accuracy"] == 0.625
+  assert np.isnan(head["auc_roc"])
+  assert head["num_models"] == 2
+  # Fails if: a class without test records, whose AUC is "nan", ends the audit.
