@@ -40,7 +40,8 @@ class Cell:
   Attributes:
     task: what was learnt.
     row: by which model.
-    values: name of `MEASURED` -> one number per model.
+    values: name of `MEASURED` -> one number per model; without those that are
+      not defined, as AUC-ROC where a class has no test record.
     claims: name of `CLAIMED` -> number, infinite where nothing is promised,
       NaN where nothing was found.
     is_contradicted: whether a bound is above what its claim allows; bounds
@@ -75,7 +76,9 @@ def read_cell(folder: pathlib.Path, *, task: str, row: str) -> Cell | None:
     values={
       name: [tables.to_float(model.get(name)) for model in models]
       for name in MEASURED
-      if all(model.get(name) is not None for model in models)
+      if all(
+        math.isfinite(tables.to_float(model.get(name))) for model in models
+      )
     },
     claims={
       "epsilon": tables.to_float(record["claim"]["epsilon"]),
@@ -207,6 +210,18 @@ def notes(results: Results) -> list[str]:
       f"{_MARK} differs from {results.baseline} (paired t-test, p ≤"
       f" {_SIGNIFICANT} after Holm's correction over {len(results.p_values)}"
       " tests)."
+    )
+  undefined = {
+    f"{title} on {task}"
+    for (task, _), cell in results.cells.items()
+    for name, title in MEASURED.items()
+    if name not in cell.values
+  }
+  if undefined:
+    found.append(
+      f"{tables.HOLE} not defined on the test split: "
+      + "; ".join(sorted(undefined))
+      + "."
     )
   found += results.remarks
   exceeded = [

@@ -134,3 +134,19 @@ def test_what_an_audit_did_not_find_is_no_number(tmp_path):
     tmp_path / "fsdd" / "plain", task="fsdd", row="plain"
   )
   assert math.isnan(cell.claims["epsilon_lower_bound"])
+
+
+def test_a_metric_that_is_not_defined_is_no_number_and_said(tmp_path):
+  for task in _TASKS:
+    for row in _ROWS:
+      values = ("nan",) * 3 if task == "fsdd" else (0.7, 0.6, 0.8)
+      write_cell(tmp_path, task, row, accuracies=values)
+  found = collect(tmp_path)
+  first, *_, last = results.lines(found)
+  assert first[2] == "–"
+  assert last[2].startswith("0.700 ±")
+  said = " ".join(results.notes(found))
+  assert "– not defined on the test split: " in said
+  assert "accuracy on fsdd" in said
+  assert "accuracy on reviews" not in said
+  # Fails if: a class without test records ends the whole table.
