@@ -7,8 +7,7 @@ everything else but its picture. The picture is what makes the gradient match
 (Geiping et al. 2020, "Inverting Gradients", https://arxiv.org/abs/2003.14053):
 Adam on one minus the cosine between both gradients, plus total variation. Here
 each array has a cosine of its own, which counts by how little of it is noise:
-in one cosine of all of them the stem, which alone has seen the pixels one by
-one, hardly counts, and pictures that look like nothing match to 0.99.
+by one cosine of all of them, pictures that look like nothing match to 0.99.
 """
 
 import dataclasses
@@ -297,13 +296,13 @@ def _shares(observed: Any, noise_stddev: float | Float[Array, ""]) -> Any:
   one cosine of all of them, which is what is likeliest then; an array that is
   nothing but noise does not count.
   """
-  sizes = [leaf.size for leaf in jax.tree.leaves(observed)]
   noise_square = jnp.square(noise_stddev)
+  all_noise = trees.num_parameters(observed) * noise_square
 
   def share(leaf):
-    square = jnp.sum(jnp.square(leaf))
+    square = trees.vdot(leaf, leaf)
     signal = jnp.maximum(square - leaf.size * noise_square, 0.0)
-    return signal / jnp.maximum(square + sum(sizes) * noise_square, 1e-20)
+    return signal / jnp.maximum(square + all_noise, 1e-20)
 
   shares = jax.tree.map(share, observed)
   total = jnp.maximum(sum(jax.tree.leaves(shares)), 1e-20)

@@ -177,8 +177,8 @@ def _measure(
   measured = {"secs": secs, "cpu_secs": cpu_secs, "memory_mib": memory_mib}
   if name == _ALONE:
     rows = records.latest_rows(workdir / "metrics.jsonl", split="train")
+    steps = [row["nonprivate/machine/step_secs"] for row in rows]
     # The first one has none: it compiled.
-    steps = [row["nonprivate/machine/step_secs"] for row in rows[1:]]
     median = np.median([step for step in steps if step is not None])
     return measured | {"steps_secs": config.train.num_steps * float(median)}
   return measured | _extrapolated(

@@ -215,7 +215,7 @@ def notes(results: Results) -> list[str]:
     f"{title} on {task}"
     for (task, _), cell in results.cells.items()
     for name, title in MEASURED.items()
-    if name not in cell.values
+    if name in cell.record["utility"][0] and name not in cell.values
   }
   if undefined:
     found.append(

@@ -58,18 +58,19 @@ def recommend(
   tried: list[dict[str, Any]] = []
   for flags in _variants(config, unit):
     variant = _with(config, flags)
-    try:
-      if not flags:
-        programs = own
-      elif "perf.engine" in flags:  # What runs once does not know of it.
-        programs = [next(programs_of(variant)), *own[1:]]
-      else:
+    if not flags:
+      programs = own
+    elif "perf.engine" in flags:  # What runs once does not know of it.
+      programs = [next(programs_of(variant)), *own[1:]]
+    else:
+      try:
         programs = list(programs_of(variant))
-      tried += _sizes(
-        variant, programs, flags, unit, available_bytes, programs_of
-      )
-    except ValueError as error:  # Of a mesh that does not suit the model.
-      tried.append(_row(variant, flags, fits=False, message=str(error)))
+      except ValueError as error:  # Of a mesh that does not suit the model.
+        tried.append(_row(variant, flags, fits=False, message=str(error)))
+        continue
+    tried += _sizes(
+      variant, programs, flags, unit, available_bytes, programs_of
+    )
   fitting = [each for each in tried if each["fits"]]
   return {
     "tried": tried,
@@ -102,7 +103,7 @@ def _sizes(
   found = microbatch.search(
     compiled,
     start=start,
-    unit=math.gcd(unit, start),
+    unit=math.gcd(unit, start),  # Half of it on twice the tensor ways.
     largest=variant.train.expected_batch_size,
     available_bytes=available_bytes,
   )
