@@ -109,6 +109,8 @@ def _digits(folder: pathlib.Path) -> config.DataConfig:
     path=str(folder),
     prompt="",
     vocab_size=160,
+    # The longest question behind its picture and recording.
+    lengths=(40,),
     image_size=28,
     audio=config.AudioConfig(sample_rate_hz=8000, max_secs=0.6),
   )
