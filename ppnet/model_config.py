@@ -194,11 +194,18 @@ class LinearConfig:
       to, after that; 0 leaves it as it is.
     centre: take the mean feature away, which the first step measures under
       the same clipping and noise as any other step; see `models.centring`.
+    num_directions: k: find the k largest directions of the centred features,
+      make the features as small along them as along the k-th, scale them again,
+      and take their mean away once more; 0 leaves them. See
+      `models.flattening`.
+    num_power_steps: steps that find them; one more measures the new mean.
   """
 
   num_groups: int = 0
   feature_norm: float = 0.0
   centre: bool = False
+  num_directions: int = 0
+  num_power_steps: int = 2
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -285,6 +292,7 @@ def validate_linear(model: ModelConfig) -> None:
       "The mean is measured of features of one norm, so that none is clipped.",
       **{"model.linear.feature_norm": model.linear.feature_norm},
     )
+  _validate_directions(model.linear)
   for name, is_set in (
     ("decoder_weights", bool(model.decoder_weights)),
     ("modality_dropout", model.modality_dropout > 0),
@@ -297,6 +305,23 @@ def validate_linear(model: ModelConfig) -> None:
         "A linear model has no hidden state and no decoder.",
         **{f"model.{name}": is_set},
       )
+
+
+def _validate_directions(linear: LinearConfig) -> None:
+  """Raises `ValueError` for directions that cannot be found."""
+  checks.positive(**{"model.linear.num_power_steps": linear.num_power_steps})
+  if not linear.num_directions:
+    return
+  if linear.num_directions < 2 or not linear.centre:
+    checks.fail(
+      "model.linear.num_directions to be 0, or at least 2 with"
+      " model.linear.centre",
+      "Features are made as small along all directions as along the last one.",
+      **{
+        "model.linear.num_directions": linear.num_directions,
+        "model.linear.centre": linear.centre,
+      },
+    )
 
 
 def validate_stems(model: ModelConfig, *, image_size: int) -> None:

@@ -3,10 +3,14 @@ r"""MNIST at a given epsilon: a linear model on scattering features.
   bash launch/local.sh --config=configs/records/mnist.py:3 \
     --config.data.path=/data/mnist --sweep="seed=0,1,2,3,4"
 
-The argument is epsilon, as in `fashion_mnist.py` beside this file, which says
-what is trained and how. Learning rate, number of steps, groups and norm were
-chosen on the training records of MNIST itself, the last 10,000 of them held
-out; that choice is not accounted for, since MNIST is public. The test split is
+The argument is epsilon, as in `fashion_mnist.py` beside this file, whose
+features these are. The first step measures their mean, which is taken away; 149
+steps of plain SGD with 8192 expected pictures follow, clip norm 1.
+
+Learning rate, number of steps, groups and norm were chosen on the training
+records of MNIST itself, the last 10,000 of them held out; that choice is not
+accounted for, since MNIST is public. Momentum, more steps and fewer large
+directions, as for Fashion-MNIST, were not better there. The test split is
 evaluated once, after the last step. See RECORDS.md.
 """
 
@@ -16,6 +20,7 @@ import runpy
 
 from ppnet import config
 
+_NUM_STEPS = 150
 _SAME = pathlib.Path(__file__).with_name("fashion_mnist.py")
 
 
@@ -28,5 +33,25 @@ def get_config(epsilon: str = "3") -> config.ExperimentConfig:
     class_names=tuple(str(digit) for digit in range(10)),
   )
   return dataclasses.replace(
-    experiment, name=f"mnist-epsilon_{epsilon}", data=data
+    experiment,
+    name=f"mnist-epsilon_{epsilon}",
+    data=data,
+    model=dataclasses.replace(
+      experiment.model,
+      linear=dataclasses.replace(
+        experiment.model.linear, feature_norm=50.0, num_directions=0
+      ),
+    ),
+    optimizer=config.OptimizerConfig(
+      name=config.OptimizerName.SGD,
+      learning_rate=16.0,
+      schedule=config.Schedule.COSINE,
+      beta1=0.0,
+    ),
+    train=dataclasses.replace(
+      experiment.train,
+      num_steps=_NUM_STEPS,
+      eval_every_steps=_NUM_STEPS,
+      checkpoint_every_steps=_NUM_STEPS,
+    ),
   )

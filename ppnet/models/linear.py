@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from ppnet import config as config_lib
 from ppnet.core import checks, param_ops
-from ppnet.models import centring, layers
+from ppnet.models import centring, flattening, layers, measuring
 
 _EPS = 1e-5
 _NEVER = -1e9  # Logit of a token that is no answer; its exponential is 0.
@@ -104,9 +104,7 @@ class LinearClassifier(nn.Module):
       parts.append(values.reshape(num_examples, -1))
     features = jnp.concatenate(parts, axis=1)
     if self.config.centre:
-      unit = centring.scaled(features, norm=1.0)
-      moved = centring.Centre(self.ops, name=centring.NAME)(unit)
-      features = moved * self.config.feature_norm
+      features = self._measured(features) * self.config.feature_norm
     else:
       features = centring.scaled(features, norm=self.config.feature_norm)
     ones = jnp.ones((num_examples, 1))  # Its weights are the bias.
@@ -117,3 +115,23 @@ class LinearClassifier(nn.Module):
     over_all = jnp.full((num_examples, 1, self.vocab_size), _NEVER)
     over_all = over_all.at[:, :, jnp.array(self.answer_ids)].set(logits)
     return jnp.broadcast_to(over_all, (*tokens.shape, self.vocab_size))
+
+  def _measured(self, features: Float[Array, "B D"]) -> Float[Array, "B D"]:
+    """Features of norm 1 less their mean; and flat, then likewise again.
+
+    The first step measures the mean, the next ones the directions that are made
+    smaller, and one more the mean of what that gives.
+    """
+    unit = centring.scaled(features, norm=1.0)
+    moved = centring.Centre(self.ops, name=measuring.stage(0))(unit)
+    if not self.config.num_directions:
+      return moved
+    found = None
+    for number in range(1, 1 + self.config.num_power_steps):
+      found = flattening.PowerStep(
+        self.config.num_directions, self.ops, name=measuring.stage(number)
+      )(moved, found)
+    assert found is not None, "validated: one step at least"
+    flat = centring.scaled(flattening.flattened(moved, found), norm=1.0)
+    last = measuring.stage(1 + self.config.num_power_steps)
+    return centring.Centre(self.ops, name=last)(flat)

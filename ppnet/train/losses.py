@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from ppnet import config as config_lib
 from ppnet.core import param_ops
 from ppnet.kernels import noisy_attention
-from ppnet.models import centring, multimodal
+from ppnet.models import measuring, multimodal
 
 Batch = Mapping[str, Any]
 LossFn = Callable[..., tuple[Array, dict[str, Array]]]
@@ -77,7 +77,7 @@ def _apply(
   *,
   noise: noisy_attention.AttentionNoise | None,
 ) -> tuple[Float[Array, "B T V"], Mapping[str, Any]]:
-  """See `predict`; and what a model that is centred measured beside it."""
+  """See `predict`; and what a model that measures has sown beside it."""
   shared = {
     name: jax.random.clone(batch[name])  # Meant: see `predict`.
     for name in ("cut_key", "dropout_key")
@@ -92,10 +92,10 @@ def _apply(
     dropout_keys=shared.get("dropout_key"),
     positions=batch.get("positions"),
     segment_ids=batch.get("segment_ids"),
-    mutable=[centring.COLLECTION],
+    mutable=[measuring.COLLECTION],
   )
   assert isinstance(logits, jax.Array)  # Linen declares a union.
-  return logits, measured.get(centring.COLLECTION) or {}
+  return logits, measured.get(measuring.COLLECTION) or {}
 
 
 def attention_noise(
@@ -121,9 +121,9 @@ def make_loss_fn(
   """The total loss of the paper, per example.
 
   task + consistency_weight * KL(clean || noisy prediction). Both terms are
-  inside the per-example gradient, before clipping and noise. In the one step in
-  which a linear model measures the mean feature (`models.centring`), the task
-  is that.
+  inside the per-example gradient, before clipping and noise. In the steps in
+  which a linear model measures its features (`models.measuring`), the task is
+  that.
 
   Returns:
     `loss_fn(params, batch, ops=PLAIN) -> (losses f32[B], terms)`.
@@ -137,7 +137,7 @@ def make_loss_fn(
     noise = attention_noise(config, batch["key"])
     logits, measured = _apply(own, params, batch, noise=noise)
     task = cross_entropy(logits, batch["targets"], batch["loss_mask"])
-    task = centring.or_measured(task, measured)
+    task = measuring.or_measured(task, measured)
     divergence = jnp.zeros_like(task)
     if noise is not None and config.consistency_weight > 0:
       clean = predict(own, params, batch, noise=None)

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, Key
 from ppnet.core import prng, trees
 from ppnet.privacy import adaptive
 from ppnet.privacy import mechanism as mechanism_lib
-from ppnet.train import averaging, shift
+from ppnet.train import averaging, measured
 from ppnet.train import losses as losses_lib
 from ppnet.train import state as state_lib
 
@@ -235,8 +235,10 @@ def update(
   if state.clip_norm is not None:  # The sum is in its units.
     size = size / state.clip_norm
   mean_grad = jax.tree.map(lambda g: g / size, noisy_sum)
-  updates, opt_state = tx.update(mean_grad, state.opt_state, state.params)
-  updates = shift.of_updates(updates, mean_grad, state.params)
+  updates, opt_state = tx.update(
+    measured.task_grad(mean_grad, state.params), state.opt_state, state.params
+  )
+  updates = measured.of_updates(updates, mean_grad, state.params)
   params = optax.apply_updates(state.params, updates)
   average = state.average
   if average is not None:

@@ -9,13 +9,14 @@ import pytest
 
 from ppnet import config as config_lib
 from ppnet.core import prng, records
-from ppnet.models import centring, linear
+from ppnet.models import centring, linear, measuring
 from ppnet.privacy import clipping
-from ppnet.train import loop, losses, shift
+from ppnet.train import loop, losses, measured
 from tests import tiny
 
 _ANSWERS = (3, 5, 6)
 _NORM = 20.0
+_CENTRE = measuring.stage(0)
 
 
 def batch(count):
@@ -40,7 +41,7 @@ def model():
 def params_with(shift_value, *, scale=1.0):
   kernel = jax.random.normal(prng.root(2), (25, 3))
   return {
-    "centre": {"shift": jnp.array(shift_value, jnp.float32)},
+    _CENTRE: {"shift": jnp.array(shift_value, jnp.float32)},
     "head": {"kernel": scale * kernel},
   }
 
@@ -62,7 +63,7 @@ def test_the_first_sum_is_that_of_the_features_and_nothing_else(engine):
   examples = batch(5)
   found = clipped(engine, params_with(np.zeros(24)), examples)
   np.testing.assert_allclose(
-    found.grad_sum["centre"]["shift"], units(examples).sum(axis=0), rtol=1e-4
+    found.grad_sum[_CENTRE]["shift"], units(examples).sum(axis=0), rtol=1e-4
   )
   assert (np.array(found.grad_sum["head"]["kernel"]) == 0).all()
   np.testing.assert_allclose(found.grad_norms, 1.0, rtol=1e-5)
@@ -94,21 +95,21 @@ def test_a_later_gradient_is_that_of_the_moved_features(engine):
     rtol=1e-3,
     atol=1e-3,
   )
-  assert (np.array(found.grad_sum["centre"]["shift"]) == 0).all()
+  assert (np.array(found.grad_sum[_CENTRE]["shift"]) == 0).all()
   # Fails if: the shift is trained on after its step.
 
 
 def test_the_shift_is_set_once_and_nothing_else_moves_with_it():
   updates = jax.tree.map(jnp.ones_like, params_with(np.zeros(24)))
   grad = jax.tree.map(lambda x: 3.0 * x, updates)
-  first = shift.of_updates(updates, grad, params_with(np.zeros(24)))
-  assert (first["centre"]["shift"] == -3.0).all()
+  first = measured.of_updates(updates, grad, params_with(np.zeros(24)))
+  assert (first[_CENTRE]["shift"] == -3.0).all()
   assert (first["head"]["kernel"] == 0).all()
-  later = shift.of_updates(updates, grad, params_with(np.full(24, 0.1)))
-  assert (later["centre"]["shift"] == 0).all()
+  later = measured.of_updates(updates, grad, params_with(np.full(24, 0.1)))
+  assert (later[_CENTRE]["shift"] == 0).all()
   assert (later["head"]["kernel"] == 1.0).all()
   plain = {"head": updates["head"]}
-  assert shift.of_updates(plain, plain, plain) is plain
+  assert measured.of_updates(plain, plain, plain) is plain
   # Fails if: noise goes on moving the shift.
 
 
@@ -135,7 +136,7 @@ def test_a_run_measures_the_mean_in_a_step_that_is_charged(tmp_path):
   mean = (everything / np.linalg.norm(everything, axis=1, keepdims=True)).mean(
     axis=0
   )
-  found = -np.array(state.params[centring.NAME][centring.PARAMETER])
+  found = -np.array(state.params[_CENTRE][centring.PARAMETER])
   assert np.linalg.norm(found - mean) < 0.2 * np.linalg.norm(mean)
   assert summary["charged_steps"] == 2
   assert (np.array(state.params["head"]["kernel"]) != 0).any()
