@@ -11,7 +11,9 @@ import os
 import pathlib
 import runpy
 import subprocess
+import time
 from collections.abc import Callable, Sequence
+from concurrent import futures
 from typing import Any
 
 from ppnet import config as config_lib
@@ -45,6 +47,7 @@ _CHOSEN = {
   ),
 }
 _FINAL = ("accuracy", "f1", "auc_roc", "epsilon", "leakage")
+_LINES_OF_A_FAILURE = 20
 _MODELS_AT_ONCE = config_lib.AuditConfig().models_at_once
 # What may differ between a cell as it was made and as a table asks for it: who
 # asks, where data lie, and the machine. Fields, and groups of fields.
@@ -248,6 +251,7 @@ def collection(
     own.audit.num_models = config.audit.num_models
     own.audit.models_at_once = config.audit.models_at_once
     own.table.cells_dir = str(cells_dir(config, workdir))
+    own.table.cells_at_once = config.table.cells_at_once
     folder = workdir / pathlib.Path(part).stem
     folder.mkdir(parents=True, exist_ok=True)
     print(f"== {own.table.title}", flush=True)
@@ -479,30 +483,70 @@ def _check_done(
 def _run_missing(
   config: config_lib.ExperimentConfig, workdir: pathlib.Path
 ) -> None:
-  """Runs the cells that are not done, in turn.
+  """Runs the cells that are not done, `table.cells_at_once` at a time.
 
-  Each is a process of its own, so one that fails takes no other with it.
+  Each is a process of its own, so one that fails takes no other with it. One at
+  a time, a cell speaks to the terminal; of several, each to a file beside its
+  folder, whose end is shown where it fails.
   """
   todo = [cell for cell in cells(config, workdir) if not is_done(config, cell)]
-  for number, cell in enumerate(todo, start=1):
-    print(f"[{number}/{len(todo)}] {cell.task}, {cell.row}", flush=True)
-    subprocess.run(
-      command(config, workdir, cell),
-      check=False,
-      env=environment(cells_dir(config, workdir)),
-    )
+  at_once = min(config.table.cells_at_once, len(todo))
+
+  def run(number: int, cell: Cell) -> None:
+    name = f"[{number}/{len(todo)}] {cell.task}, {cell.row}"
+    asked = command(config, workdir, cell)
+    env = environment(cells_dir(config, workdir), at_once=at_once)
+    if at_once == 1:
+      print(name, flush=True)
+      subprocess.run(asked, check=False, env=env)
+      return
+    log = cell.folder.with_name(f"{cell.folder.name}.log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    print(f"{name}: begins; {log}", flush=True)
+    started = time.monotonic()
+    with log.open("wb") as out:
+      done = subprocess.run(
+        asked, check=False, env=env, stdout=out, stderr=subprocess.STDOUT
+      )
+    minutes = (time.monotonic() - started) / 60
+    if not done.returncode:
+      print(f"{name}: done in {minutes:.1f} min", flush=True)
+      return
+    said = log.read_text(errors="replace").replace("\r", "\n").splitlines()
+    told = "\n".join(f"  {line}" for line in said[-_LINES_OF_A_FAILURE:])
+    print(f"{name}: failed with {done.returncode}\n{told}", flush=True)
+
+  with futures.ThreadPoolExecutor(max(1, at_once)) as pool:
+    started = [
+      pool.submit(run, number, cell) for number, cell in enumerate(todo, 1)
+    ]
+    try:
+      for one in futures.as_completed(started):
+        one.result()
+    except BaseException:  # Of Ctrl-C as well: no further cell begins.
+      pool.shutdown(wait=False, cancel_futures=True)
+      raise
 
 
-def environment(folder: pathlib.Path) -> dict[str, str]:
-  """The cells' environment: they share what they compiled.
+def environment(folder: pathlib.Path, *, at_once: int = 1) -> dict[str, str]:
+  """The cells' environment: they share what they compiled, and the cores.
 
   Most rows of a task run the same programs, and a short cell spends half of its
   time on compiling. Whatever somebody set stays.
+
+  Args:
+    folder: of the table's cells.
+    at_once: cells that run side by side. On a CPU an AUDIT makes each core a
+      device; each of several cells gets its part of them.
   """
-  return {
+  shared = {
     "JAX_COMPILATION_CACHE_DIR": str(folder.resolve() / "compiled"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
-  } | os.environ
+  }
+  if at_once > 1:
+    devices = max(1, (os.cpu_count() or 1) // at_once)
+    shared["JAX_NUM_CPU_DEVICES"] = str(devices)
+  return shared | os.environ
 
 
 def _draw_tradeoff(

@@ -50,6 +50,8 @@ class TableConfig:
     cells_dir: where the cells' folders, their prepared data and what was
       compiled for them are; empty means the table's workdir. Tables that share
       one train a cell once for all of them.
+    cells_at_once: cells that run side by side, each a process of its own. On a
+      CPU they share its cores; on one accelerator more than one does not fit.
   """
 
   subject: TableSubject = TableSubject.PIPELINES
@@ -62,6 +64,7 @@ class TableConfig:
   size: str = "cpu"
   knob: str = ""
   cells_dir: str = ""
+  cells_at_once: int = 1
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -88,6 +91,7 @@ def labels(rows: str) -> dict[str, str]:
 
 def validate(config: TableConfig) -> None:
   """Raises ValueError, naming the field, its value and what to do."""
+  checks.positive(**{"table.cells_at_once": config.cells_at_once})
   if config.subject is TableSubject.PIPELINES:
     return
   is_collection = config.subject is TableSubject.COLLECTION

@@ -3,9 +3,11 @@
 import base64
 import dataclasses
 import json
+import os
 import pathlib
 import runpy
 import subprocess
+import sys
 import types
 
 import pytest
@@ -104,6 +106,56 @@ def test_a_hole_is_named_and_only_it_is_run_again(started, tmp_path, capsys):
   for name, content in before.items():
     assert (tmp_path / name).read_bytes() == content, name
   assert "A table" in capsys.readouterr().out
+
+
+@pytest.fixture
+def real_cells(monkeypatch, tmp_path):
+  """Cells that are real processes: each waits until two others have begun."""
+  code = (
+    "import os, pathlib, sys, time\n"
+    "here = pathlib.Path(sys.argv[1])\n"
+    "(here / f'began_{os.getpid()}').touch()\n"
+    "print('devices', os.environ.get('JAX_NUM_CPU_DEVICES'))\n"
+    "end = time.monotonic() + 20\n"
+    "while len(list(here.glob('began_*'))) < 2 and time.monotonic() < end:\n"
+    "  time.sleep(0.01)\n"
+    "print(len(list(here.glob('began_*'))), 'have begun')\n"
+    "sys.exit(3)\n"
+  )
+  command = [sys.executable, "-c", code, str(tmp_path)]
+  monkeypatch.setattr(study, "command", lambda *unused: command)
+  monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "")
+  monkeypatch.delenv("JAX_NUM_CPU_DEVICES")
+  (tmp_path / "cell.py").write_text(_CELL)
+  (tmp_path / "w").mkdir()
+  monkeypatch.chdir(tmp_path)
+
+
+def test_cells_run_side_by_side_and_say_why_they_failed(
+  real_cells, tmp_path, capsys
+):
+  config = experiment(cells_at_once=2, tasks="fsdd")
+  with pytest.raises(RuntimeError, match="2 of 2 cells have no record"):
+    study.table(config, tmp_path / "w", maps=None)
+  for row in ("plain", "private"):
+    said = (tmp_path / "w" / "cells" / "fsdd" / f"{row}.log").read_text()
+    assert "2 have begun" in said
+    assert f"devices {max(1, (os.cpu_count() or 1) // 2)}" in said
+  told = capsys.readouterr().out
+  assert "fsdd, private: failed with 3\n" in told
+  assert "  2 have begun" in told
+  # Fails if: a cell waits for the one before it.
+
+
+def test_one_cell_at_a_time_has_the_terminal_and_all_devices(
+  real_cells, tmp_path, capfd
+):
+  config = experiment(rows="plain", tasks="fsdd", baseline="", cells_at_once=2)
+  (tmp_path / "began_0").touch()
+  with pytest.raises(RuntimeError, match="1 of 1 cells"):
+    study.table(config, tmp_path / "w", maps=None)
+  assert "devices None" in capfd.readouterr().out
+  assert not (tmp_path / "w" / "cells" / "fsdd" / "plain.log").exists()
 
 
 def test_a_deleted_cell_is_run_again(started, tmp_path):

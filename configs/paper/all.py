@@ -31,6 +31,7 @@ def get_config(size: str = "cpu") -> config.ExperimentConfig:
       title="PrivacyPreserveNet, reproduced",
       parts=",".join(f"configs/paper/{part}.py" for part in _PARTS),
       size=size,
+      cells_at_once=2 if size == "cpu" else 1,
     ),
     audit=config.AuditConfig(num_models=6),
   )

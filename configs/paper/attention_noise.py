@@ -30,6 +30,7 @@ def get_config(size: str = "cpu") -> config.ExperimentConfig:
       "attention_noise_1,attention_noise_2,attention_noise_4",
       baseline="non_private",
       size=size,
+      cells_at_once=2 if size == "cpu" else 1,
       knob="attention_noise.stddev",
     ),
     audit=config.AuditConfig(num_models=6),

@@ -28,6 +28,7 @@ def get_config(size: str = "cpu") -> config.ExperimentConfig:
       rows="dp_0.5,dp_1,dp_2,dp_4,dp_8=no_attention_noise,non_private",
       baseline="non_private",
       size=size,
+      cells_at_once=2 if size == "cpu" else 1,
       knob="epsilon",
     ),
     audit=config.AuditConfig(num_models=6),

@@ -29,6 +29,7 @@ def get_config(size: str = "cpu") -> config.ExperimentConfig:
       "dp_2,ppnet",
       baseline="non_private",
       size=size,
+      cells_at_once=2 if size == "cpu" else 1,
     ),
     audit=config.AuditConfig(num_models=6),
   )

@@ -26,6 +26,7 @@ def get_config(size: str = "cpu") -> config.ExperimentConfig:
       rows="llama,non_private,ppnet",
       baseline="llama",
       size=size,
+      cells_at_once=2 if size == "cpu" else 1,
     ),
     audit=config.AuditConfig(num_models=6),
   )

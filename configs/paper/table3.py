@@ -28,6 +28,7 @@ def get_config(size: str = "cpu") -> config.ExperimentConfig:
       "no_clipping_no_attention_noise,non_private",
       baseline="ppnet",
       size=size,
+      cells_at_once=2 if size == "cpu" else 1,
     ),
     audit=config.AuditConfig(num_models=6),
   )

@@ -26,5 +26,6 @@ def get_config(size: str = "cpu") -> config.ExperimentConfig:
       tasks="fsdd,digits",
       rows="llama,non_private,ppnet",
       size=size,
+      cells_at_once=2 if size == "cpu" else 1,
     ),
   )
