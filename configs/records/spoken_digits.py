@@ -1,0 +1,67 @@
+r"""Spoken digits at a given epsilon: a linear model on log-mel features.
+
+  bash launch/local.sh --config=configs/records/spoken_digits.py:3 \
+    --config.data.path=/data/fsdd --sweep="seed=0,1,2,3,4"
+
+The argument is epsilon, under PLD, at delta = 1e-5, Poisson sampling,
+add-or-remove-one; the unit is a recording. With `3,speaker` it is a speaker
+with all recordings; there are six, and the official test split has them all.
+
+Nothing is learnt but one matrix: the first 0.6 seconds of a recording, 40 mel
+bands of each frame, all of it of mean 0 and variance 1 within the recording,
+then scaled to one norm. 100 steps of SGD with half of the training recordings
+each; momentum, clip norm, feature norm and rate are those of
+`fashion_mnist.py`, and nothing was chosen on these recordings. The test split
+is evaluated once, after the last step. RECORDS.md has what came of it.
+"""
+
+from ppnet import config
+from ppnet.core import checks
+
+_NUM_STEPS = 100
+_NUM_SPEAKERS = 6
+
+
+def get_config(argument: str = "3") -> config.ExperimentConfig:
+  """The record's run at an epsilon."""
+  epsilon, _, unit = argument.partition(",")
+  if unit not in ("", "speaker"):
+    checks.fail("EPSILON or EPSILON,speaker", argument=argument)
+  is_speaker = unit == "speaker"
+  return config.ExperimentConfig(
+    name=f"spoken_digits-epsilon_{argument.replace(',', '-')}",
+    data=config.DataConfig(
+      source=config.Source.FSDD,
+      path="/data/fsdd",
+      prompt="",
+      vocab_size=96,
+      audio=config.AudioConfig(sample_rate_hz=8000, max_secs=0.6),
+    ),
+    model=config.ModelConfig(
+      decoder=config.llama_tiny(vocab_size=96),
+      image=None,
+      linear=config.LinearConfig(feature_norm=630.0),
+    ),
+    privacy=config.PrivacyConfig(
+      epsilon=float(epsilon),
+      delta=1e-5,
+      l2_clip_norm=1.0,
+      unit=config.PrivacyUnit.USER
+      if is_speaker
+      else config.PrivacyUnit.EXAMPLE,
+      max_records_per_user=256 if is_speaker else 1,
+    ),
+    optimizer=config.OptimizerConfig(
+      name=config.OptimizerName.SGD,
+      learning_rate=0.08,
+      schedule=config.Schedule.CONSTANT,
+      beta1=0.9,
+    ),
+    train=config.TrainConfig(
+      num_steps=_NUM_STEPS,
+      expected_batch_size=_NUM_SPEAKERS // 2 if is_speaker else 1350,
+      eval_every_steps=_NUM_STEPS,
+      checkpoint_every_steps=_NUM_STEPS,
+    ),
+    perf=config.PerfConfig(microbatch_size=256),
+  )
