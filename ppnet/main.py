@@ -36,7 +36,14 @@ from ppnet.audit import run as audit
 from ppnet.bench import attention, engines
 from ppnet.bench import pipeline as pipeline_bench
 from ppnet.bench import shadows as shadows_bench
-from ppnet.core import checks, hosts, prng, records, workdirs
+from ppnet.core import (
+  allocator,
+  checks,
+  hosts,
+  prng,
+  records,
+  workdirs,
+)
 from ppnet.data import layout, prepare, text, tokenizers
 from ppnet.models import generate, hf, lora, multimodal
 from ppnet.privacy import budget, input_privacy, ledger
@@ -436,6 +443,7 @@ _JOBS = {
 
 # Those that one process does not do alone.
 _JOBS_OF_MANY = (config_lib.Job.TRAIN, config_lib.Job.EVALUATE)
+_JOBS_OF_STEPS = (config_lib.Job.TRAIN, config_lib.Job.AUDIT)
 
 
 def run_job(config: config_lib.ExperimentConfig, workdir: pathlib.Path) -> None:
@@ -453,6 +461,8 @@ def run_job(config: config_lib.ExperimentConfig, workdir: pathlib.Path) -> None:
       "Run it without --distributed.",
       **{"config.job": config.job.name},
     )
+  if config.job in _JOBS_OF_STEPS and jax.default_backend() == "cpu":
+    allocator.keep_freed()
   with contextlib.ExitStack() as stack:
     if hosts.is_first():
       stack.enter_context(workdirs.opened(workdir, records.to_plain(config)))

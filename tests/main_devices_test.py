@@ -55,3 +55,20 @@ def test_what_somebody_chose_stays(asked, monkeypatch):
   with flagsaver.flagsaver(sweep="seed=0,1"):
     main._share_cores(audit())
   assert asked == {}
+
+
+@pytest.mark.parametrize(
+  ("job", "backend", "keeps"),
+  [("TRAIN", "cpu", 1), ("TRAIN", "gpu", 0), ("ACCOUNT", "cpu", 0)],
+)
+def test_only_what_steps_on_a_cpu_keeps_its_freed_memory(
+  monkeypatch, tmp_path, job, backend, keeps
+):
+  kept = []
+  config = tiny.experiment(job=config_lib.Job[job])
+  monkeypatch.setitem(main._JOBS, config.job, lambda *unused: None)
+  monkeypatch.setattr(main.allocator, "keep_freed", lambda: kept.append(1))
+  monkeypatch.setattr(jax, "default_backend", lambda: backend)
+  main.run_job(config, tmp_path)
+  assert len(kept) == keeps
+  # Fails if: a host of an accelerator never gives a checkpoint's memory back.
