@@ -241,9 +241,7 @@ def collection(
     ValueError: see `table`.
     RuntimeError: see `table`; all is written all the same.
   """
-  done: list[_Written] = []
-  holes: list[Cell] = []
-  num_cells = 0
+  tables_of = {}
   for part in table_config.names(config.table.parts):
     own = runpy.run_path(part)["get_config"](config.table.size)
     own.seed = config.seed
@@ -253,6 +251,12 @@ def collection(
     own.table.cells_dir = str(cells_dir(config, workdir))
     own.table.cells_at_once = config.table.cells_at_once
     folder = workdir / pathlib.Path(part).stem
+    _check_done(own, folder)  # Of all parts before the first is run.
+    tables_of[folder] = own
+  done: list[_Written] = []
+  holes: list[Cell] = []
+  num_cells = 0
+  for folder, own in tables_of.items():
     folder.mkdir(parents=True, exist_ok=True)
     print(f"== {own.table.title}", flush=True)
     written, missing = _table(own, folder, maps)
@@ -463,6 +467,9 @@ def _check_done(
   A field that only one of the two configurations has says nothing: the program
   has gone on since.
   """
+  may_differ = _MAY_DIFFER
+  if config.table.subject is config_lib.TableSubject.TRAINING:
+    may_differ += ("audit.",)  # Nothing is attacked.
   for cell in cells(config, workdir):
     if not is_done(config, cell):
       continue
@@ -471,7 +478,7 @@ def _check_done(
     )
     new = workdirs.flatten(records.to_plain(cell_config(config, workdir, cell)))
     ignored = old.keys() ^ new.keys()
-    ignored |= {name for name in old if workdirs.is_among(name, _MAY_DIFFER)}
+    ignored |= {name for name in old if workdirs.is_among(name, may_differ)}
     if differing := workdirs.differences(old, new, ignore=ignored):
       checks.fail(
         f"{cell.folder} to hold the cell of this table",

@@ -283,6 +283,23 @@ def test_a_collection_is_several_tables_with_shared_cells(started, tmp_path):
     main.run_job(config, workdir)
 
 
+def test_a_collection_refuses_a_foreign_cell_before_it_runs_any(
+  started, tmp_path
+):
+  for name, rows in (("one", "plain"), ("two", "dp_2=x")):
+    pathlib.Path(f"{name}.py").write_text(_PART.format(rows=rows))
+  config = experiment(
+    subject=config_lib.TableSubject.COLLECTION, parts="two.py", rows=""
+  )
+  main.run_job(config, tmp_path / "all")
+  assert len(started) == 1
+  config.table.parts, config.seed = "one.py,two.py", 8
+  with pytest.raises(ValueError, match=r"fsdd/x .*seed \(7 there, 8 now"):
+    study.collection(config, tmp_path / "all", maps=None)
+  assert len(started) == 1
+  # Fails if: hours of the first table are spent before the second is looked at.
+
+
 def test_the_papers_collection_has_every_table_of_results():
   config = load("all", "cpu")
   config_lib.validate(config)
@@ -318,7 +335,12 @@ def test_a_table_of_training_trains_and_draws(monkeypatch, tmp_path):
       "".join(f"{json.dumps(row)}\n" for row in rows)
     )
     (folder / "summary.json").write_text('{"accuracy": 0.625}')
-    plain = {"config": {}} | workdirs.provenance()
+    made = runpy.run_path("cell.py")["get_config"](
+      flags["config"].split(":")[1]
+    )
+    made.audit.num_models = int(flags["config.audit.num_models"])
+    made.seed = int(flags["config.seed"])
+    plain = {"config": records.to_plain(made)} | workdirs.provenance()
     (folder / "config.json").write_text(json.dumps(plain))
     return subprocess.CompletedProcess(command, 0)
 
@@ -330,6 +352,11 @@ def test_a_table_of_training_trains_and_draws(monkeypatch, tmp_path):
   for name in ("losses", "indicators"):
     assert (tmp_path / "figures" / f"{name}.png").exists()
     assert f"{name} by epoch" in (tmp_path / "table.html").read_text()
+  config.audit.num_models += 2  # A collection's; no run is attacked.
+  assert "0.6250" in study.table(config, tmp_path, maps=None)
+  config.seed += 1
+  with pytest.raises(ValueError, match="seed"):
+    study.table(config, tmp_path, maps=None)
 
 
 def test_tables_share_a_folder_of_cells(started, tmp_path):
