@@ -8,32 +8,17 @@ import numpy as np
 import pytest
 
 from ppnet import config as config_lib
-from ppnet.core import prng, records
+from ppnet.core import records
 from ppnet.models import centring, flattening, linear, measuring
 from ppnet.privacy import clipping
 from ppnet.train import loop, losses, measured
 from tests import tiny
+from tests.models import centring_test
 
 _ANSWERS = (3, 5, 6)
 _NORM = 20.0
 _SIZE = 24
 _CENTRE, _FIRST, _SECOND, _AGAIN = (measuring.stage(n) for n in range(4))
-
-
-def batch(count):
-  rng = np.random.default_rng(0)
-  return {
-    "tokens": jnp.zeros((count, 2), jnp.int32),
-    "targets": jnp.array(rng.choice(_ANSWERS, (count, 2)), jnp.int32),
-    "loss_mask": jnp.tile(jnp.array([0.0, 1.0]), (count, 1)),
-    "image": jnp.array(rng.normal(1.0, 1.0, (count, 2, 3, 4)), jnp.float32),
-    "key": jax.random.split(prng.root(0), count),
-  }
-
-
-def units(examples):
-  x = np.array(examples["image"]).reshape(len(examples["image"]), -1)
-  return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
 def orthonormal(columns, *, seed=4):
@@ -83,10 +68,10 @@ def only(found, name):
 
 @pytest.mark.parametrize("engine", ["vmap", "ghost", "bookkeeping"])
 def test_the_second_sum_is_that_of_projections_on_a_random_start(engine):
-  examples = batch(5)
-  mean = units(examples).mean(axis=0)
+  examples = centring_test.batch(5)
+  mean = centring_test.units(examples).mean(axis=0)
   found = clipped(params_of(**{_CENTRE: -mean}), examples, engine=engine)
-  moved = units(examples) - mean
+  moved = centring_test.units(examples) - mean
   start = np.linalg.qr(np.random.default_rng(0).standard_normal((_SIZE, 3)))[0]
   scale = 0.7 * np.sqrt(_SIZE / 3)
   np.testing.assert_allclose(
@@ -102,11 +87,11 @@ def test_the_second_sum_is_that_of_projections_on_a_random_start(engine):
 
 
 def test_the_third_sum_is_that_of_projections_on_what_was_found():
-  examples = batch(5)
-  mean = units(examples).mean(axis=0)
+  examples = centring_test.batch(5)
+  mean = centring_test.units(examples).mean(axis=0)
   last = orthonormal(3) * [3.0, 2.0, 1.0]
   found = clipped(params_of(**{_CENTRE: -mean, _FIRST: last}), examples)
-  moved = units(examples) - mean
+  moved = centring_test.units(examples) - mean
   np.testing.assert_allclose(
     np.abs(only(found, _SECOND)),
     np.abs(moved.T @ moved @ orthonormal(3)),
@@ -118,13 +103,13 @@ def test_the_third_sum_is_that_of_projections_on_what_was_found():
 
 
 def test_the_last_measuring_sum_is_that_of_flat_features_and_then_none_is():
-  examples = batch(6)
-  mean = units(examples).mean(axis=0)
+  examples = centring_test.batch(6)
+  mean = centring_test.units(examples).mean(axis=0)
   variances = np.array([9.0, 4.0, 1.0])
   directions = orthonormal(3)
   done = {_CENTRE: -mean, _FIRST: directions, _SECOND: directions * variances}
   found = clipped(params_of(**done), examples)
-  moved = units(examples) - mean
+  moved = centring_test.units(examples) - mean
   factors = 1 / np.sqrt(variances)
   flat = moved - (moved @ directions * (1 - factors)) @ directions.T
   flat /= np.linalg.norm(flat, axis=1, keepdims=True)
