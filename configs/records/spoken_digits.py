@@ -15,9 +15,15 @@ each; momentum, clip norm, feature norm and rate are those of
 is evaluated once, after the last step. RECORDS.md has what came of it.
 """
 
+import pathlib
+import runpy
+
 from ppnet import config
 from ppnet.core import checks
 
+_FASHION_MNIST = runpy.run_path(
+  str(pathlib.Path(__file__).with_name("fashion_mnist.py"))
+)["get_config"]
 _NUM_STEPS = 100
 _NUM_SPEAKERS = 6
 
@@ -28,6 +34,7 @@ def get_config(argument: str = "3") -> config.ExperimentConfig:
   if unit not in ("", "speaker"):
     checks.fail("EPSILON or EPSILON,speaker", argument=argument)
   is_speaker = unit == "speaker"
+  same = _FASHION_MNIST(epsilon)
   return config.ExperimentConfig(
     name=f"spoken_digits-epsilon_{argument.replace(',', '-')}",
     data=config.DataConfig(
@@ -40,23 +47,18 @@ def get_config(argument: str = "3") -> config.ExperimentConfig:
     model=config.ModelConfig(
       decoder=config.llama_tiny(vocab_size=96),
       image=None,
-      linear=config.LinearConfig(feature_norm=630.0),
+      linear=config.LinearConfig(feature_norm=same.model.linear.feature_norm),
     ),
     privacy=config.PrivacyConfig(
       epsilon=float(epsilon),
       delta=1e-5,
-      l2_clip_norm=1.0,
+      l2_clip_norm=same.privacy.l2_clip_norm,
       unit=config.PrivacyUnit.USER
       if is_speaker
       else config.PrivacyUnit.EXAMPLE,
       max_records_per_user=256 if is_speaker else 1,
     ),
-    optimizer=config.OptimizerConfig(
-      name=config.OptimizerName.SGD,
-      learning_rate=0.08,
-      schedule=config.Schedule.CONSTANT,
-      beta1=0.9,
-    ),
+    optimizer=same.optimizer,
     train=config.TrainConfig(
       num_steps=_NUM_STEPS,
       expected_batch_size=_NUM_SPEAKERS // 2 if is_speaker else 1350,
