@@ -15,14 +15,14 @@ process that happens to do the work.
 import dataclasses
 import pathlib
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
 
 from ppnet import config as config_lib
 from ppnet.core import checks
-from ppnet.data import batching, randomness, sources, stored
+from ppnet.data import batching, randomness, sources, stages, stored
 from ppnet.data import layout as layout_lib
 
 
@@ -186,18 +186,22 @@ class Examples:
         hashes=hashes,
       )
 
-      def make(position: int, name: str = name) -> np.ndarray:
-        record = self._source[position]
-        items = record.media.get(name, ())
-        if len(items) != 1:
-          cause = f"{len(items)} items of {name}, where one is to be stored."
-          raise sources.BadRecordError(record.id, cause)
-        return self._fixed(self._chains[name], name, record.id, items[0])
+      def make(
+        positions: Sequence[int], name: str = name
+      ) -> Sequence[np.ndarray]:
+        encoded = [self._only_item(name, position) for position in positions]
+        return self._fixed(self._chains[name], name, encoded)
 
-      first = make(0)
-      self._stored[name] = stored.open_or_make(
-        file, make, count=len(self), shape=first.shape
-      )
+      self._stored[name] = stored.open_or_make(file, make, count=len(self))
+
+  def _only_item(self, name: str, position: int) -> tuple[str, bytes]:
+    """The id of a record and its one item of a modality, encoded."""
+    record = self._source[position]
+    items = record.media.get(name, ())
+    if len(items) != 1:
+      cause = f"{len(items)} items of {name}, where one is to be stored."
+      raise sources.BadRecordError(record.id, cause)
+    return record.id, items[0]
 
   def __getstate__(self):
     # Another process fills its own cache and meets its own bad records.
@@ -366,9 +370,10 @@ class Examples:
       out = np.zeros((size, most, *chain.shape), np.float32)
       if items[name]:
         where = np.array(places[name])
-        out[where[:, 0], where[:, 1]] = _apply(
-          chain.stacked, {"id": "", name: np.stack(items[name])}, name
-        )
+        element: Mapping[str, Any] = {"id": "", name: np.stack(items[name])}
+        for transform in chain.stacked:
+          element = transform.map(element)
+        out[where[:, 0], where[:, 1]] = element[name]
       media[name] = out[:, 0] if most == 1 else out
     return media
 
@@ -428,7 +433,7 @@ class Examples:
         name: (self._stored[name][position],)
         if name in self._stored
         else tuple(
-          self._fixed(chain, name, record.id, item)
+          self._fixed(chain, name, [(record.id, item)])[0]
           for item in record.media.get(name, ())
         )
         for name, chain in self._chains.items()
@@ -441,28 +446,25 @@ class Examples:
     )
 
   def _fixed(
-    self, chain: Chain, name: str, record_id: str, item: bytes
-  ) -> np.ndarray:
-    """One item after the fixed part."""
-    array = _apply(chain.fixed, {"id": record_id, name: item}, name)
+    self, chain: Chain, name: str, encoded: Sequence[tuple[str, bytes]]
+  ) -> list[np.ndarray]:
+    """Items, each with its record's id, after the fixed part."""
+    elements: Sequence[Mapping[str, Any]] = [
+      {"id": record_id, name: item} for record_id, item in encoded
+    ]
+    for transform in chain.fixed:
+      elements = stages.map_many(transform, elements)
+    arrays = [element[name] for element in elements]
     if not chain.random:
-      self._checked_shape(name, record_id, array)
-    return array
+      for (record_id, _), array in zip(encoded, arrays, strict=True):
+        self._checked_shape(name, record_id, array)
+    return arrays
 
   def _note(self, error: sources.BadRecordError) -> None:
     """Counts a bad record, or raises."""
     if not self._skip:
       raise error
     self.bad_records.add(error.record_id, error.cause)
-
-
-def _apply(
-  transforms: Iterable[Any], element: Mapping[str, Any], name: str
-) -> np.ndarray:
-  """The element's array after some fixed transformations."""
-  for transform in transforms:
-    element = transform.map(element)
-  return element[name]
 
 
 def _stream(name: str, number: int, place: int) -> int:

@@ -23,7 +23,7 @@ https://arxiv.org/abs/1809.06367, as in the library Kymatio, whose
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import grain
@@ -351,27 +351,41 @@ class Scattering(grain.transforms.Map):
     return (*filters.map_shape, shape[2] * filters.num_maps)
 
   def map(self, element: Mapping[str, Any]) -> dict[str, Any]:
-    """Replaces the pixels `element["image"]`.
+    """Replaces the pixels `element["image"]`; see `map_many`."""
+    return self.map_many([element])[0]
+
+  def map_many(
+    self, elements: Sequence[Mapping[str, Any]]
+  ) -> list[dict[str, Any]]:
+    """Replaces the pixels of several elements, side by side.
 
     Raises:
-      sources.BadRecordError: the picture is smaller than 2 ** num_scales pixels
+      sources.BadRecordError: a picture is smaller than 2 ** num_scales pixels
         or a pixel is not finite.
       ValueError: the pixels are integers.
     """
-    pixels = element["image"]
     smallest = 2**self.num_scales
-    if min(pixels.shape[:2]) < smallest:
-      raise sources.BadRecordError(
-        element["id"],
-        f"its {pixels.shape[0]} x {pixels.shape[1]} pixels are fewer than"
-        f" {smallest} x {smallest}.",
-      )
-    if not np.isfinite(pixels).all():
-      raise sources.BadRecordError(element["id"], "a pixel is not finite.")
+    for element in elements:
+      pixels = element["image"]
+      if min(pixels.shape[:2]) < smallest:
+        raise sources.BadRecordError(
+          element["id"],
+          f"its {pixels.shape[0]} x {pixels.shape[1]} pixels are fewer than"
+          f" {smallest} x {smallest}.",
+        )
+      if not np.isfinite(pixels).all():
+        raise sources.BadRecordError(element["id"], "a pixel is not finite.")
+    shapes = {element["image"].shape for element in elements}
+    if len(shapes) > 1:
+      return [self.map(element) for element in elements]
+    pixels = np.stack([element["image"] for element in elements])
     maps = features(
-      np.moveaxis(pixels, 2, 0),
+      np.moveaxis(pixels, 3, 1).reshape(-1, *pixels.shape[1:3]),
       num_scales=self.num_scales,
       num_angles=self.num_angles,
-    )  # [C, K, H', W']
-    merged = maps.reshape(-1, *maps.shape[2:])
-    return {**element, "image": np.ascontiguousarray(merged.transpose(1, 2, 0))}
+    )  # [B * C, K, H', W']
+    merged = maps.reshape(len(elements), -1, *maps.shape[2:])
+    return [
+      {**element, "image": np.ascontiguousarray(one.transpose(1, 2, 0))}
+      for element, one in zip(elements, merged, strict=True)
+    ]

@@ -46,6 +46,19 @@ def is_random(transform: Transform) -> bool:
   return isinstance(transform, grain.transforms.RandomMap)
 
 
+def map_many(
+  transform: Any, elements: Sequence[Mapping[str, Any]]
+) -> Sequence[Mapping[str, Any]]:
+  """Applies a fixed transform to elements, each of which stays by itself.
+
+  Side by side where the transform has a `map_many`, which is faster for
+  products of matrices; one after the other where it has none.
+  """
+  if hasattr(transform, "map_many"):
+    return transform.map_many(elements)
+  return [transform.map(element) for element in elements]
+
+
 def trace(
   transforms: Sequence[Transform],
   element: Mapping[str, Any],

@@ -31,6 +31,9 @@ import tqdm
 from ppnet.core import checks, records
 
 _VERSION = 1
+_AT_ONCE = 64  # Records: matrices times so many are as fast as they get.
+
+Make = Callable[[Sequence[int]], Sequence[np.ndarray]]
 
 
 def path(
@@ -67,34 +70,33 @@ def path(
 
 def open_or_make(
   file: pathlib.Path,
-  make: Callable[[int], np.ndarray],
+  make: Make,
   *,
   count: int,
-  shape: tuple[int, ...],
 ) -> np.ndarray:
   """The stored array, mapped into memory and not writable.
 
   Args:
     file: from `path`.
-    make: position -> float32 [*shape]; called for each position once, in order,
-      where there is no file yet.
-    count: N, the number of records.
-    shape: of one item.
+    make: positions -> a float32 [*shape] for each; called for all positions, in
+      order, some at a time, where there is no file yet, and not at all where
+      there is one.
+    count: N, the number of records, at least 1.
 
   Returns:
     float32 [N, *shape].
 
   Raises:
-    ValueError: the file is not of this shape; a new one would be written if it
+    ValueError: the file is not of so many; a new one would be written if it
       were not there.
     sources.BadRecordError: whatever `make` raises; no file is left.
   """
   if not file.exists():
-    _write(file, make, count=count, shape=shape)
+    _write(file, make, count=count)
   array = np.load(file, mmap_mode="r", allow_pickle=False)
-  if array.shape != (count, *shape) or array.dtype != np.float32:
+  if array.shape[:1] != (count,) or array.dtype != np.float32:
     checks.fail(
-      f"{file} to hold float32 {[count, *shape]}",
+      f"{file} to hold {count} items of float32",
       "It is damaged. Delete it; it is made again.",
       shape=list(array.shape),
       dtype=str(array.dtype),
@@ -102,20 +104,18 @@ def open_or_make(
   return array
 
 
-def _write(
-  file: pathlib.Path,
-  make: Callable[[int], np.ndarray],
-  *,
-  count: int,
-  shape: tuple[int, ...],
-) -> None:
+def _write(file: pathlib.Path, make: Make, *, count: int) -> None:
   """Makes all items and gives the file its name."""
+  (first,) = make([0])
   with records.replacing(file) as temporary:
     out = np.lib.format.open_memmap(
-      temporary, mode="w+", dtype=np.float32, shape=(count, *shape)
+      temporary, mode="w+", dtype=np.float32, shape=(count, *first.shape)
     )
-    for position in tqdm.trange(
-      count, desc=f"transforming {file.name}", unit="record", delay=1
-    ):
-      out[position] = make(position)
+    with tqdm.tqdm(
+      total=count, desc=f"transforming {file.name}", unit="record", delay=1
+    ) as bar:
+      for start in range(0, count, _AT_ONCE):
+        positions = range(start, min(start + _AT_ONCE, count))
+        out[positions.start : positions.stop] = make(positions)
+        bar.update(len(positions))
     out.flush()

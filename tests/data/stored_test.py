@@ -101,26 +101,26 @@ def test_whatever_the_numbers_depend_on_is_in_the_name(change):
 
 
 def test_a_record_that_fails_leaves_no_file(tmp_path):
-  def make(position):
-    if position == 2:
+  def make(positions):
+    if 2 in positions:
       raise sources.BadRecordError("r2", "broken.")
-    return np.zeros(3, np.float32)
+    return np.zeros((len(positions), 3), np.float32)
 
   file = tmp_path / "fixed.npy"
   with pytest.raises(sources.BadRecordError, match="r2"):
-    stored.open_or_make(file, make, count=4, shape=(3,))
+    stored.open_or_make(file, make, count=4)
   assert not list(tmp_path.iterdir())
 
 
-def test_a_file_of_another_shape_is_refused_and_none_can_be_written(tmp_path):
+def test_a_file_of_another_length_is_refused_and_none_can_be_written(tmp_path):
   file = tmp_path / "fixed.npy"
-  make = lambda position: np.full(3, position, np.float32)
-  array = stored.open_or_make(file, make, count=4, shape=(3,))
+  make = lambda positions: [np.full(3, n, np.float32) for n in positions]
+  array = stored.open_or_make(file, make, count=4)
   np.testing.assert_array_equal(array[:, 0], [0, 1, 2, 3])
   with pytest.raises(ValueError, match="read-only"):
     array[0] = 1.0
   with pytest.raises(ValueError, match="Delete it"):
-    stored.open_or_make(file, make, count=5, shape=(3,))
+    stored.open_or_make(file, make, count=5)
 
 
 def test_skipped_records_have_no_place_in_a_file():
