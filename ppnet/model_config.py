@@ -5,6 +5,7 @@ Everybody else reads these names there.
 
 import dataclasses
 import enum
+import math
 
 from ppnet import config_attention
 from ppnet.core import checks
@@ -148,19 +149,68 @@ class PatchStemConfig:
   remat: bool = False
 
 
+class Activation(enum.Enum):
+  """What follows each convolution, entry by entry.
+
+  SILU grows without bound. A bounded one bounds what a picture can put into
+  the next weight's gradient: Papernot et al. 2021
+  (https://arxiv.org/abs/2007.14191), whose tempered sigmoid has tanh among it.
+  """
+
+  SILU = "silu"
+  TANH = "tanh"
+  TEMPERED_SIGMOID = "tempered_sigmoid"
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class TemperedSigmoidConfig:
+  """scale * sigmoid(temperature * x) - offset; the defaults are tanh.
+
+  Papernot et al. 2021, https://arxiv.org/abs/2007.14191: s, T and o.
+
+  Attributes:
+    scale: distance between the two ends; positive.
+    temperature: the *inverse* temperature: how steep it is; positive.
+    offset: how far below 0 the lower end is.
+  """
+
+  scale: float = 2.0
+  temperature: float = 2.0
+  offset: float = 1.0
+
+
 @dataclasses.dataclass(slots=True, kw_only=True)
 class ImageStemConfig:
   """A small CNN: 3x3 convolutions, then one token per pooled patch.
+
+  After each convolution: group normalisation if asked for, then the activation.
+  None of the options adds a parameter or changes one's shape.
 
   Attributes:
     channels: output channels of each convolution; each halves the picture
       where `strides` says 2.
     strides: stride of each convolution.
+    activation: see `Activation`.
+    tempered_sigmoid: its shape; read with TEMPERED_SIGMOID alone.
+    num_groups: groups of channels that are normalised within each picture, Wu
+      and He 2018, eq. 7 (https://arxiv.org/abs/1803.08494), without weights;
+      divides all of `channels`. 0 does without.
+    weight_standardisation: convolve with a kernel whose inputs to each channel
+      have mean 0 and norm 1, Qiao et al. 2019
+      (https://arxiv.org/abs/1903.10520); De et al. 2022
+      (https://arxiv.org/abs/2204.13650) use it with group normalisation. What
+      is clipped and noised is the gradient of the kernel as it is stored.
     patches: a patch transformer in the convolutions' place, or None.
   """
 
   channels: tuple[int, ...] = (16, 32)
   strides: tuple[int, ...] = (1, 2)
+  activation: Activation = Activation.SILU
+  tempered_sigmoid: TemperedSigmoidConfig = dataclasses.field(
+    default_factory=TemperedSigmoidConfig
+  )
+  num_groups: int = 0
+  weight_standardisation: bool = False
   patches: PatchStemConfig | None = None
 
   def num_tokens(self, image_size: int) -> int:
@@ -333,6 +383,8 @@ def validate_stems(model: ModelConfig, *, image_size: int) -> None:
       channels=image.channels,
       strides=image.strides,
     )
+  if image is not None:
+    _validate_convolutions(image, image_size=image_size)
   if image is not None and image.patches is not None:
     _validate_patches(image.patches, image_size=image_size)
   if model.audio is not None:
@@ -346,6 +398,67 @@ def validate_stems(model: ModelConfig, *, image_size: int) -> None:
       " model.audio=none.",
       **{"model.modality_dropout": model.modality_dropout},
     )
+
+
+def _validate_convolutions(image: ImageStemConfig, *, image_size: int) -> None:
+  """Raises `ValueError` for options of the CNN that cannot be, or not act."""
+  sigmoid = image.tempered_sigmoid
+  checks.positive(
+    **{
+      "model.image.tempered_sigmoid.scale": sigmoid.scale,
+      "model.image.tempered_sigmoid.temperature": sigmoid.temperature,
+    }
+  )
+  if not math.isfinite(sigmoid.offset):
+    checks.fail(
+      "model.image.tempered_sigmoid.offset to be finite",
+      **{"model.image.tempered_sigmoid.offset": sigmoid.offset},
+    )
+  is_tempered = image.activation is Activation.TEMPERED_SIGMOID
+  if sigmoid != TemperedSigmoidConfig() and not is_tempered:
+    checks.fail(
+      "model.image.activation=tempered_sigmoid with a shape for it",
+      **{
+        "model.image.activation": image.activation.value,
+        "model.image.tempered_sigmoid": sigmoid,
+      },
+    )
+  if image.num_groups < 0 or (
+    image.num_groups and any(c % image.num_groups for c in image.channels)
+  ):
+    checks.fail(
+      "model.image.num_groups to be 0, or to divide all of"
+      " model.image.channels",
+      **{
+        "model.image.num_groups": image.num_groups,
+        "model.image.channels": image.channels,
+      },
+    )
+  side = image_size
+  for channels, stride in zip(image.channels, image.strides, strict=True):
+    side = -(-side // stride)
+    if side == 1 and channels == image.num_groups:
+      checks.fail(
+        "groups of more than one number",
+        "A number by itself is its own mean, and all that is left is 0.",
+        **{
+          "model.image.num_groups": image.num_groups,
+          "model.image.channels": image.channels,
+          "height and width": side,
+        },
+      )
+  for name, is_set in (
+    ("activation", image.activation is not Activation.SILU),
+    ("num_groups", image.num_groups > 0),
+    ("weight_standardisation", image.weight_standardisation),
+  ):
+    if is_set and image.patches is not None:
+      checks.fail(
+        f"no model.image.{name} beside model.image.patches",
+        "It is an option of the convolutions, and a patch transformer has"
+        " none.",
+        **{f"model.image.{name}": getattr(image, name)},
+      )
 
 
 def _validate_patches(patches: PatchStemConfig, *, image_size: int) -> None:

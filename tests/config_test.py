@@ -70,6 +70,24 @@ def test_defaults_of_the_tests_are_valid():
     ),
     ("model.decoder.lora", config_lib.LoraConfig(rank=0), "lora.rank > 0"),
     ("model.image.strides", (1, 2), "as many model.image.channels"),
+    ("model.image.num_groups", 3, "to divide all of model.image.channels"),
+    ("model.image.num_groups", -1, "num_groups to be 0, or"),
+    ("model.image.tempered_sigmoid.scale", 0.0, "tempered_sigmoid.scale > 0"),
+    (
+      "model.image.tempered_sigmoid.temperature",
+      float("inf"),
+      "tempered_sigmoid.temperature > 0",
+    ),
+    (
+      "model.image.tempered_sigmoid.offset",
+      float("nan"),
+      "tempered_sigmoid.offset to be finite",
+    ),
+    (
+      "model.image.tempered_sigmoid.offset",
+      0.5,
+      "activation=tempered_sigmoid with a shape",
+    ),
     ("model.audio.frames_per_token", 0, "frames_per_token > 0"),
     ("attention_noise.stddev", -0.1, "attention_noise.stddev >= 0"),
     ("train.num_steps", 0, "train.num_steps > 0"),
@@ -91,6 +109,32 @@ def test_an_invalid_field_is_named(field, value, message):
   assert hasattr(holder, last)
   setattr(holder, last, value)
   with pytest.raises(ValueError, match=message):
+    config_lib.validate(config)
+
+
+@pytest.mark.parametrize(
+  ("name", "value"),
+  [
+    ("activation", config_lib.Activation.TANH),
+    ("num_groups", 2),
+    ("weight_standardisation", True),
+  ],
+)
+def test_options_of_convolutions_stand_beside_no_patches(name, value):
+  config = tiny.experiment()
+  setattr(config.model.image, name, value)
+  config_lib.validate(config)
+  config.model.image.patches = config_lib.PatchStemConfig(patch_size=4)
+  with pytest.raises(ValueError, match=f"no model.image.{name} beside"):
+    config_lib.validate(config)
+
+
+def test_a_group_of_one_number_is_refused():
+  config = tiny.experiment()
+  config.model.image.num_groups = 4
+  config_lib.validate(config)
+  config.model.image.strides = (8,)  # One place of an 8 x 8 picture is left.
+  with pytest.raises(ValueError, match="groups of more than one number"):
     config_lib.validate(config)
 
 

@@ -9,11 +9,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from ppnet import config as config_lib
-from ppnet.core import param_ops
+from ppnet.core import checks, param_ops
 from ppnet.sharding import layout
 
 # Gaussian, as in Hu et al. 2021, section 4.1; its output has the input's scale.
 LORA_A_INIT = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+_GROUP_EPS = 1e-5  # Added to a group's variance.
 
 
 def _path(module: nn.Module, name: str) -> str:
@@ -186,11 +187,20 @@ class Positions(nn.Module):
 
 
 class Conv(nn.Module):
-  """3x3 convolution with SAME padding and a bias."""
+  """3x3 convolution with SAME padding and a bias.
+
+  Attributes:
+    features: O, size of the output.
+    stride: of the places that it is computed at.
+    ops: implementation of the parametrised operations.
+    is_standardised: whether the kernel is standardised first, see
+      `param_ops.standardised`; the parameter is the same.
+  """
 
   features: int
   stride: int
   ops: param_ops.ParamOps
+  is_standardised: bool = False
 
   @nn.compact
   def __call__(self, x: Float[Array, "*b H W C"]) -> Float[Array, "*b H2 W2 O"]:
@@ -210,9 +220,49 @@ class Conv(nn.Module):
       axes=("stem_out",),
     )
     out = self.ops.conv(
-      _path(self, "kernel"), kernel.astype(x.dtype), x, self.stride
+      _path(self, "kernel"),
+      kernel.astype(x.dtype),
+      x,
+      self.stride,
+      is_standardised=self.is_standardised,
     )
     return self.ops.bias(_path(self, "bias"), bias.astype(x.dtype), out)
+
+
+def group_norm(
+  x: Float[Array, "*b H W C"], *, num_groups: int
+) -> Float[Array, "*b H W C"]:
+  """Gives each group of feature maps mean 0 and variance 1, without weights.
+
+  Wu and He 2018, eq. 7 (https://arxiv.org/abs/1803.08494), over the places and
+  the maps of a group of one picture: examples stay apart. In float32; the dtype
+  stays.
+
+  | edge case | result |
+  | --- | --- |
+  | a constant group | zeros |
+  | `num_groups` 0 | x |
+
+  Raises:
+    ValueError: the groups do not share the maps evenly.
+  """
+  if num_groups == 0:
+    return x
+  *_, height, width, channels = x.shape
+  if channels % num_groups:
+    checks.fail(
+      "num_groups to divide the feature maps",
+      num_groups=num_groups,
+      maps=channels,
+    )
+  groups = x.astype(jnp.float32).reshape(
+    *x.shape[:-1], num_groups, channels // num_groups
+  )
+  axes = (-4, -3, -1)  # Height, width, maps of a group.
+  mean = groups.mean(axis=axes, keepdims=True)
+  variance = jnp.square(groups - mean).mean(axis=axes, keepdims=True)
+  normed = (groups - mean) * jax.lax.rsqrt(variance + _GROUP_EPS)
+  return normed.reshape(x.shape).astype(x.dtype)
 
 
 def rotary_frequencies(

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -18,40 +17,7 @@ from ppnet import config as config_lib
 from ppnet.core import checks, param_ops
 from ppnet.models import centring, flattening, layers, measuring
 
-_EPS = 1e-5
 _NEVER = -1e9  # Logit of a token that is no answer; its exponential is 0.
-
-
-def group_norm(
-  x: Float[Array, "*b H W C"], *, num_groups: int
-) -> Float[Array, "*b H W C"]:
-  """Gives each group of feature maps mean 0 and variance 1, without weights.
-
-  Wu and He 2018, eq. 7 (https://arxiv.org/abs/1803.08494), over the places and
-  the maps of a group of one example: examples stay apart.
-
-  | edge case | result |
-  | --- | --- |
-  | a constant group | zeros |
-  | `num_groups` 0 | x |
-
-  Raises:
-    ValueError: the groups do not share the maps evenly.
-  """
-  if num_groups == 0:
-    return x
-  *_, height, width, channels = x.shape
-  if channels % num_groups:
-    checks.fail(
-      "model.linear.num_groups to divide the feature maps",
-      num_groups=num_groups,
-      maps=channels,
-    )
-  groups = x.reshape(*x.shape[:-1], num_groups, channels // num_groups)
-  axes = (-4, -3, -1)  # Height, width, maps of a group.
-  mean = groups.mean(axis=axes, keepdims=True)
-  variance = jnp.square(groups - mean).mean(axis=axes, keepdims=True)
-  return ((groups - mean) * jax.lax.rsqrt(variance + _EPS)).reshape(x.shape)
 
 
 class LinearClassifier(nn.Module):
@@ -100,7 +66,7 @@ class LinearClassifier(nn.Module):
     for name in sorted(media):
       values = media[name].astype(jnp.float32)
       if name == "image":
-        values = group_norm(values, num_groups=self.config.num_groups)
+        values = layers.group_norm(values, num_groups=self.config.num_groups)
       parts.append(values.reshape(num_examples, -1))
     features = jnp.concatenate(parts, axis=1)
     if self.config.centre:

@@ -4,8 +4,11 @@ No batch normalisation anywhere: it couples the examples of a batch, and then no
 per-example gradient exists.
 """
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ppnet import config as config_lib
@@ -29,7 +32,7 @@ class ConvStem(nn.Module):
   """Pictures to decoder embeddings, by convolutions.
 
   Attributes:
-    config: channels and strides.
+    config: channels, strides, and what stands between convolutions.
     embed_dim: D of the decoder.
     ops: implementation of the parametrised operations.
   """
@@ -43,16 +46,40 @@ class ConvStem(nn.Module):
     self, images: Float[Array, "*b H W C"]
   ) -> Float[Array, "*b P D"]:
     """One embedding per pixel of the last feature map, row by row."""
+    cfg = self.config
+    activation = _activation(cfg)
     x = images
     for layer, (channels, stride) in enumerate(
-      zip(self.config.channels, self.config.strides, strict=True)
+      zip(cfg.channels, cfg.strides, strict=True)
     ):
-      x = layers.Conv(channels, stride, self.ops, name=f"conv_{layer}")(x)
-      x = nn.silu(x)
+      x = layers.Conv(
+        channels,
+        stride,
+        self.ops,
+        is_standardised=cfg.weight_standardisation,
+        name=f"conv_{layer}",
+      )(x)
+      x = activation(layers.group_norm(x, num_groups=cfg.num_groups))
     x = x.reshape(*x.shape[:-3], -1, x.shape[-1])  # [*b, P, C]
     return layers.Dense(
       self.embed_dim, ("stem", "embed"), self.ops, name="projector"
     )(x)
+
+
+def _activation(
+  config: config_lib.ImageStemConfig,
+) -> Callable[[jax.Array], jax.Array]:
+  """What follows each convolution."""
+  match config.activation:
+    case config_lib.Activation.SILU:
+      return nn.silu
+    case config_lib.Activation.TANH:
+      return jnp.tanh
+    case config_lib.Activation.TEMPERED_SIGMOID:
+      shape = config.tempered_sigmoid
+      return lambda x: (
+        shape.scale * nn.sigmoid(shape.temperature * x) - shape.offset
+      )
 
 
 class PatchStem(nn.Module):

@@ -31,7 +31,9 @@ m n = T (m + n), but they are written and read again: measured on two CPU
 cores, 0.4 took 1.2 to 1.3 of the non-private time on configs/quickstart.py
 where 1 took 1.85, and as long within the noise at d 256 and T 128 with a tenth
 less memory. A probe writes nothing that outlives it and changes over at
-m n = T (m + n).
+m n = T (m + n). A standardised weight is always kept: its gradient is that of
+the matrix that multiplies, pulled back through the standardisation, which is no
+outer product any more.
 
 In bfloat16 a gradient of one use is kept in bfloat16, as the plain backward
 pass has it, and its norm is that of what was kept, so that norm and sum agree.
@@ -61,7 +63,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ppnet.core import checks
+from ppnet.core import checks, param_ops
 from ppnet.privacy import outer_products, taps
 from ppnet.sharding import layout
 
@@ -233,7 +235,9 @@ def choose_way(sites: Sequence[taps.Site], *, may_probe: bool) -> Way:
   """The way of one parameter, by local shapes; see the module's docstring."""
   is_matrix = all(site.kind in ("dense", "embed") for site in sites)
   if not is_matrix:
-    return Way.KEEP  # Vectors: [U, n] is less than any record.
+    # Vectors: [U, n] is less than any record. A standardised weight: its
+    # gradient is no sum of outer products.
+    return Way.KEEP
   if may_probe and _is_used_once(sites):
     return Way.PROBE
   aligned = all(_orientation(site, sites) is not None for site in sites)
@@ -353,7 +357,7 @@ def _keep(site, weight, x, frame, num_units) -> jax.Array:
 
   def backward(kept, g):
     weight, x = kept
-    grads = _unit_grads(site, x, g, num_units)
+    grads = _unit_grads(site, weight, x, g, num_units)
     if dtype == jnp.bfloat16:
       # XLA may leave out a cast to bfloat16 and back, for one reader and not
       # for another; this it may not.
@@ -440,6 +444,9 @@ def _input_grad(site, weight, g) -> jax.Array | None:
   match site.kind:
     case "dense":
       return jnp.einsum("...o,io->...i", g, weight)
+    case "standardised_dense":
+      matrix = param_ops.standardised(weight)
+      return jnp.einsum("...o,io->...i", g, matrix)
     case "embed":
       return None
     case "scale":
@@ -450,13 +457,23 @@ def _input_grad(site, weight, g) -> jax.Array | None:
 
 
 def _unit_grads(
-  site: taps.Site, x: jax.Array, g: jax.Array, num_units: int
+  site: taps.Site,
+  weight: jax.Array,
+  x: jax.Array,
+  g: jax.Array,
+  num_units: int,
 ) -> jax.Array:
   """Gradient of each unit's own weight, f32[U, *slice]."""
   wide = g.astype(jnp.float32).reshape(num_units, -1, g.shape[-1])
   match site.kind:
     case "dense" | "embed":
       grads = outer_products.products(_factor(site, x, g, num_units=num_units))
+    case "standardised_dense":
+      # Of the matrix that multiplies; the parameter is what it is made of.
+      grads = outer_products.products(_factor(site, x, g, num_units=num_units))
+      wide = weight.astype(jnp.float32)
+      _, pullback = jax.vjp(param_ops.standardised, wide)
+      (grads,) = jax.vmap(pullback)(grads)
     case "scale":
       grads = jnp.sum(x.astype(jnp.float32).reshape(wide.shape) * wide, axis=1)
     case "bias":

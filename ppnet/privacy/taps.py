@@ -86,12 +86,14 @@ class MarkingOps:
     """See `ParamOps.bias`."""
     return _param_op.bind(weight, x, kind="bias", name=name)
 
-  def conv(self, name, weight, x, stride):
+  def standardised_dense(self, name, weight, x):
+    """See `ParamOps.standardised_dense`."""
+    return _param_op.bind(weight, x, kind="standardised_dense", name=name)
+
+  def conv(self, name, weight, x, stride, *, is_standardised=False):
     """See `ParamOps.conv`: a product with each receptive field."""
-    kernel_height, kernel_width, channels, features = weight.shape
-    matrix = weight.reshape(kernel_height * kernel_width * channels, features)
-    patches = param_ops.patches(x, (kernel_height, kernel_width), stride)
-    return self.dense(name, matrix, patches)
+    product = self.standardised_dense if is_standardised else self.dense
+    return product(name, *param_ops.conv_factors(weight, x, stride))
 
 
 MARKING = MarkingOps()
@@ -131,7 +133,7 @@ class Site:
 
   Attributes:
     path: of its equation.
-    kind: "dense", "embed", "scale" or "bias".
+    kind: "dense", "standardised_dense", "embed", "scale" or "bias".
     name: what the model calls the parameter.
     view: the parameter as the operation sees it.
     scans: the scans around it, outermost first.

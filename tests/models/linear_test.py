@@ -8,7 +8,7 @@ import pytest
 from ppnet import config as config_lib
 from ppnet import main
 from ppnet.core import prng, records
-from ppnet.models import linear
+from ppnet.models import layers, linear
 from ppnet.privacy import clipping
 from ppnet.train import losses
 from tests import tiny
@@ -71,18 +71,18 @@ def test_groups_have_mean_zero_and_variance_one_within_each_example():
     np.random.default_rng(0).normal(3.0, 2.0, (2, 5, 4, 6)), jnp.float32
   )
   x = x.at[1].multiply(100.0)  # Another example has a scale of its own.
-  found = np.array(linear.group_norm(x, num_groups=3)).reshape(2, 5, 4, 3, 2)
+  found = np.array(layers.group_norm(x, num_groups=3)).reshape(2, 5, 4, 3, 2)
   np.testing.assert_allclose(found.mean(axis=(1, 2, 4)), 0, atol=1e-5)
   np.testing.assert_allclose(found.var(axis=(1, 2, 4)), 1, rtol=1e-3)
-  one = linear.group_norm(x[:1], num_groups=3)
-  np.testing.assert_array_equal(linear.group_norm(x, num_groups=3)[:1], one)
-  constant = linear.group_norm(jnp.full((1, 2, 2, 4), 7.0), num_groups=2)
+  one = layers.group_norm(x[:1], num_groups=3)
+  np.testing.assert_array_equal(layers.group_norm(x, num_groups=3)[:1], one)
+  constant = layers.group_norm(jnp.full((1, 2, 2, 4), 7.0), num_groups=2)
   assert (constant == 0).all()
 
 
 def test_groups_that_do_not_divide_the_maps_are_refused():
   with pytest.raises(ValueError, match="num_groups=4, maps=6"):
-    linear.group_norm(jnp.zeros((1, 2, 2, 6)), num_groups=4)
+    layers.group_norm(jnp.zeros((1, 2, 2, 6)), num_groups=4)
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,7 @@ def network_loss(params, batch, ops=PLAIN):
     normed = ops.scale("gain", weights["gain"], jnp.tanh(x))
     hidden = ops.dense("up", weights["up"], normed)
     hidden = ops.bias("offset", params["offset"], jnp.sin(hidden))
+    hidden += ops.standardised_dense("standard", weights["standard"], hidden)
     # One matrix for all layers: a constant of the scan.
     return x + ops.dense("down", params["down"], hidden), None
 
@@ -90,7 +91,11 @@ def network_case(*, num_rows, tokens, dim, wide, vocab, channels, layers, seed):
   pixels = 2 * ((3 + 1) // 2)  # [4, 3] at stride 2, twice.
   params = {
     "table": normal(vocab, dim),
-    "layers": {"gain": normal(layers, dim), "up": normal(layers, dim, wide)},
+    "layers": {
+      "gain": normal(layers, dim),
+      "up": normal(layers, dim, wide),
+      "standard": normal(layers, wide, wide),
+    },
     "offset": normal(wide),
     "down": normal(wide, dim),
     "kernel": normal(3, 2, channels, dim + 1),
@@ -160,7 +165,7 @@ def check_every_operation(sizes, layers, seed, rows_per_unit, engine):
   assert result.grad_norms.shape == (num_units,)
   # Fails if: the cross term of the tied table, or of a unit's rows, is dropped;
   # repeated tokens are summed as if they were different; a layer of the scan is
-  # left out.
+  # left out; a standardised weight's gradient is that of what multiplies.
 
 
 def llama_case(**changes):

@@ -12,13 +12,25 @@ from ppnet.data import prepare
 from ppnet.train import loop
 from tests import tiny
 
+_CONVOLUTIONS = config_lib.ImageStemConfig(
+  channels=(4, 6),
+  strides=(2, 2),
+  activation=config_lib.Activation.TANH,
+  num_groups=2,
+  weight_standardisation=True,
+)
+
 
 @pytest.mark.slow
-def test_every_engine_trains_the_same_parameters(tmp_path):
+@pytest.mark.parametrize(
+  "image", [tiny.experiment().model.image, _CONVOLUTIONS], ids=["plain", "all"]
+)
+def test_every_engine_trains_the_same_parameters(image, tmp_path):
   prepare.prepare(tiny.experiment().data, tmp_path / "prepared")
   trained = {}
   for engine in config_lib.Engine:
     config = tiny.experiment(engine=engine)
+    config.model.image = image
     config.data.prepared_dir = str(tmp_path / "prepared")
     workdir = tmp_path / engine.value
     workdir.mkdir()
