@@ -28,8 +28,15 @@ OPTIONS = {"xla_backend_optimization_level": 0}  # Compiling is what this costs.
 
 @functools.cache
 def network(dtype=config_lib.ComputeDtype.FLOAT32):
-  """The model with attention noise and tied embeddings; a batch."""
+  """Attention noise, tied embeddings, all options of convolutions; a batch."""
   config = tiny.experiment()
+  config.model.image = config_lib.ImageStemConfig(
+    channels=(4,),
+    strides=(4,),
+    activation=config_lib.Activation.TANH,
+    num_groups=2,
+    weight_standardisation=True,
+  )
   config.attention_noise.consistency_weight = 0.0  # One application.
   decoder = config.model.decoder
   decoder.tie_embeddings = True
