@@ -167,6 +167,7 @@ class BenchSubject(enum.Enum):
   PIPELINE = "pipeline"  # Records per second of the data pipelines.
   ATTENTION = "attention"  # Attention with noise, by kernels and reference.
   SHADOWS = "shadows"  # Models trained side by side, and in runs of their own.
+  RECORD_PEERS = "record_peers"  # Other libraries on a record's features.
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -324,7 +325,8 @@ class BenchConfig:
     subject: what is measured.
     cases: names with commas between them; see `ppnet.bench`. "own" is
       this configuration's own model and data, in one microbatch.
-    rounds: timed executions of each row, taken in turn.
+    rounds: timed executions of each row, taken in turn; of RECORD_PEERS the
+      seeds, from `seed` on.
     peers: measure other libraries as well.
   """
 

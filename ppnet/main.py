@@ -35,6 +35,7 @@ from ppnet.audit import attention as audit_attention
 from ppnet.audit import run as audit
 from ppnet.bench import attention, engines
 from ppnet.bench import pipeline as pipeline_bench
+from ppnet.bench import record_peers as record_peers_bench
 from ppnet.bench import shadows as shadows_bench
 from ppnet.core import (
   allocator,
@@ -55,6 +56,7 @@ from ppnet.report import (
   figures,
   pipelines,
   ratios,
+  record_peers,
   tables,
   throughput,
 )
@@ -258,6 +260,9 @@ def benchmark(
   if config.bench.subject is config_lib.BenchSubject.SHADOWS:
     print(f"\n{shadows_bench.table(record)}\n\nrecords: {workdir}")
     return
+  if config.bench.subject is config_lib.BenchSubject.RECORD_PEERS:
+    print(f"\n{record_peers.write(workdir)}\n\nrecords: {workdir}")
+    return
   if config.bench.subject is config_lib.BenchSubject.PIPELINE:
     figure, shown = throughput.write(workdir), throughput.table(record)
   else:
@@ -313,6 +318,7 @@ _BENCHMARKS = {
   config_lib.BenchSubject.ATTENTION: attention.run,
   config_lib.BenchSubject.PIPELINE: pipeline_bench.run,
   config_lib.BenchSubject.SHADOWS: shadows_bench.run,
+  config_lib.BenchSubject.RECORD_PEERS: record_peers_bench.run,
 }
 
 
