@@ -28,7 +28,7 @@ from absl import logging
 from ppnet.core import checks
 from ppnet.data import stages, strokes
 
-_EPS = 1e-5  # As in `models.linear.group_norm`.
+_EPS = 1e-5  # As in `models.layers.group_norm`.
 _AT_ONCE = 64
 _SMALLEST = 1e-12  # Keeps a picture of all zeros finite.
 

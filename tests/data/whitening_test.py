@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from ppnet.data import scattering, sources, stages, strokes, whitening
-from ppnet.models import linear
+from ppnet.models import layers
 
 _RNG = np.random.default_rng(5)
 _FEATURES = scattering.Scattering(num_scales=1, num_angles=2)
@@ -116,7 +116,7 @@ def test_pictures_do_not_see_each_other():
 def test_groups_are_those_of_the_linear_model():
   maps = _RNG.normal(size=(4, 4, 6)).astype(np.float32)
   expected = np.asarray(
-    linear.group_norm(jnp.array(maps[None]), num_groups=2)
+    layers.group_norm(jnp.array(maps[None]), num_groups=2)
   ).reshape(-1)
   np.testing.assert_allclose(
     whitening.unit_groups(maps, num_groups=2),
