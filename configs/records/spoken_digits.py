@@ -7,14 +7,20 @@ The argument is epsilon, under PLD, at delta = 1e-5, Poisson sampling,
 add-or-remove-one; the unit is a recording. With `3,speaker` it is a speaker
 with all recordings; there are six, and the official test split has them all.
 
-Nothing is learnt but one matrix: the first 0.6 seconds of a recording, 40 mel
-bands of each frame, all of it of mean 0 and variance 1 within the recording,
-then scaled to one norm. 100 steps of SGD with half of the training recordings
-each; momentum, clip norm, feature norm and rate are those of
-`fashion_mnist.py`, and nothing was chosen on these recordings. The test split
-is evaluated once, after the last step. RECORDS.md has what came of it.
+Nothing is learnt but one matrix and what the first step measures: the first 0.6
+seconds of a recording, 40 mel bands of each frame, all of it of mean 0 and
+variance 1 within the recording, then scaled to one norm. Step 1 measures the
+mean of that, which is taken away; 49 steps of SGD follow, with half of the
+training recordings each. Momentum, clip norm, feature norm and rate are those
+of `fashion_mnist.py`; below an epsilon of 3 the rate is smaller in proportion.
+
+Steps, rate and whether the mean is taken away were chosen on the training
+recordings, a sixth of them held out, four times; that choice is not accounted
+for. The test split is evaluated once, after the last step. RECORDS.md has what
+came of it, beside Opacus's and JAX-Privacy's own recipes.
 """
 
+import dataclasses
 import pathlib
 import runpy
 
@@ -24,7 +30,7 @@ from ppnet.core import checks
 _FASHION_MNIST = runpy.run_path(
   str(pathlib.Path(__file__).with_name("fashion_mnist.py"))
 )["get_config"]
-_NUM_STEPS = 100
+_NUM_STEPS = 50
 _NUM_SPEAKERS = 6
 
 
@@ -47,7 +53,9 @@ def get_config(argument: str = "3") -> config.ExperimentConfig:
     model=config.ModelConfig(
       decoder=config.llama_tiny(vocab_size=96),
       image=None,
-      linear=config.LinearConfig(feature_norm=same.model.linear.feature_norm),
+      linear=config.LinearConfig(
+        feature_norm=same.model.linear.feature_norm, centre=True
+      ),
     ),
     privacy=config.PrivacyConfig(
       epsilon=float(epsilon),
@@ -58,7 +66,10 @@ def get_config(argument: str = "3") -> config.ExperimentConfig:
       else config.PrivacyUnit.EXAMPLE,
       max_records_per_user=256 if is_speaker else 1,
     ),
-    optimizer=same.optimizer,
+    optimizer=dataclasses.replace(
+      same.optimizer,
+      learning_rate=same.optimizer.learning_rate * min(1, float(epsilon) / 3),
+    ),
     train=config.TrainConfig(
       num_steps=_NUM_STEPS,
       expected_batch_size=_NUM_SPEAKERS // 2 if is_speaker else 1350,
