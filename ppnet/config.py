@@ -36,12 +36,14 @@ LlamaConfig = model_config.LlamaConfig
 LinearConfig = model_config.LinearConfig
 Activation = model_config.Activation
 TemperedSigmoidConfig = model_config.TemperedSigmoidConfig
+WordsConfig = model_config.WordsConfig
 ImageStemConfig = model_config.ImageStemConfig
 PatchStemConfig = model_config.PatchStemConfig
 AudioStemConfig = model_config.AudioStemConfig
 ModelConfig = model_config.ModelConfig
 llama_tiny = model_config.llama_tiny
 PROJECTIONS = model_config.PROJECTIONS
+is_measured = model_config.is_measured
 # What concerns the optimizer, audits, tables, devices, and the data, likewise.
 OptimizerName = optimizer_config.OptimizerName
 Schedule = optimizer_config.Schedule
@@ -423,7 +425,7 @@ class ExperimentConfig:
 def num_media_tokens(config: ExperimentConfig) -> dict[str, int]:
   """Tokens that one item of each modality with a stem takes in the decoder.
 
-  One each for a linear model, which has no stems and reads no tokens.
+  One each for a linear model, which has no stems.
   """
   counts = {}
   if config.model.linear is not None:
@@ -597,7 +599,9 @@ def _validate_model(config: ExperimentConfig) -> None:
       head_dim=decoder.head_dim,
     )
   model_config.validate_options(decoder)
-  model_config.validate_linear(config.model)
+  model_config.validate_linear(
+    config.model, has_bytes=config.data.tokenizer is TokenizerKind.BYTES
+  )
   _validate_centre(config)
   if decoder.vocab_size < config.data.vocab_size:
     checks.fail(
@@ -620,11 +624,14 @@ def _validate_model(config: ExperimentConfig) -> None:
 def _validate_centre(config: ExperimentConfig) -> None:
   """The mean is that of unit vectors, each of which must count whole."""
   linear, privacy = config.model.linear, config.privacy
-  if linear is None or not linear.centre or not privacy.enabled:
+  if linear is None or not privacy.enabled:
+    return
+  if not is_measured(linear):
     return
   if privacy.l2_clip_norm < 1 or privacy.clip_scope is not ClipScope.FLAT:
     checks.fail(
-      "privacy.l2_clip_norm >= 1 and clip_scope FLAT with model.linear.centre",
+      "privacy.l2_clip_norm >= 1 and clip_scope FLAT with model.linear.centre"
+      " or model.linear.rarity_power",
       "Raise model.linear.feature_norm instead of lowering the clip norm.",
       **{
         "privacy.l2_clip_norm": privacy.l2_clip_norm,

@@ -234,15 +234,40 @@ class AudioStemConfig:
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
+class WordsConfig:
+  """Which words a text has, as features of a linear model: `models.words`.
+
+  Attributes:
+    num_buckets: features; a word's is given by a hash of its bytes.
+    num_stem_bytes: bytes of a word that count, from its first; what begins
+      alike is one word.
+    heading_weight: value of a second feature of a word that stands in the first
+      of several lines; 1 is that of a word anywhere. 0: there is none.
+  """
+
+  num_buckets: int = 8192
+  num_stem_bytes: int = 6
+  heading_weight: float = 0.0
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
 class LinearConfig:
   """A linear classifier on fixed features, in the decoder's place.
 
   Attributes:
+    words: reads the text as well, by the words that it has; None reads media
+      alone. It needs data.tokenizer=BYTES.
     num_groups: groups of feature maps, each given mean 0 and variance 1 within
       a picture; 0 leaves the features as the data have them.
     feature_norm: Euclidean norm that the features of every record are scaled
       to, after that; 0 leaves it as it is.
-    centre: take the mean feature away, which the first step measures under
+    rarity_power: multiply each feature by a power of how rare it is,
+      (mean + rarity_floor)^-rarity_power, and scale again; the first step
+      measures the mean of the features of norm 1. 0 leaves them. See
+      `models.rarity`.
+    rarity_floor: what a mean feature is raised by there; it should not be far
+      below the noise of that step.
+    centre: take the mean feature away, which a step measures under
       the same clipping and noise as any other step; see `models.centring`.
     num_directions: k: find the k largest directions of the centred features,
       make the features as small along them as along the k-th, scale them again,
@@ -251,8 +276,11 @@ class LinearConfig:
     num_power_steps: steps that find them; one more measures the new mean.
   """
 
+  words: WordsConfig | None = None
   num_groups: int = 0
   feature_norm: float = 0.0
+  rarity_power: float = 0.0
+  rarity_floor: float = 1e-3
   centre: bool = False
   num_directions: int = 0
   num_power_steps: int = 2
@@ -274,7 +302,8 @@ class ModelConfig:
       own token embeddings.
     private_cut: makes the decoder's hidden state private.
     linear: instead of stems and decoder, one matrix on the media as the data
-      have them; of `decoder` only `vocab_size` and `max_seq_len` are read.
+      have them, and on words; of `decoder` only `vocab_size` and `max_seq_len`
+      are read.
   """
 
   decoder: LlamaConfig = dataclasses.field(default_factory=LlamaConfig)
@@ -324,21 +353,39 @@ def validate_options(decoder: LlamaConfig) -> None:
       )
 
 
-def validate_linear(model: ModelConfig) -> None:
-  """Raises `ValueError` for what a linear model has no place for."""
+def is_measured(linear: LinearConfig) -> bool:
+  """Whether the first step of a linear model measures a mean."""
+  return linear.centre or linear.rarity_power > 0
+
+
+def validate_linear(model: ModelConfig, *, has_bytes: bool) -> None:
+  """Raises `ValueError` for what a linear model has no place for.
+
+  Args:
+    model: what is checked.
+    has_bytes: whether its tokens are bytes.
+  """
   if model.linear is None:
     return
+  words = model.linear.words
+  if words is not None:
+    _validate_words(words, has_bytes=has_bytes)
   if model.linear.num_groups < 0:
     checks.fail(
       "model.linear.num_groups not to be negative",
       **{"model.linear.num_groups": model.linear.num_groups},
     )
   checks.non_negative(
-    **{"model.linear.feature_norm": model.linear.feature_norm}
+    **{
+      "model.linear.feature_norm": model.linear.feature_norm,
+      "model.linear.rarity_power": model.linear.rarity_power,
+    }
   )
-  if model.linear.centre and not model.linear.feature_norm:
+  checks.positive(**{"model.linear.rarity_floor": model.linear.rarity_floor})
+  if is_measured(model.linear) and not model.linear.feature_norm:
     checks.fail(
-      "model.linear.feature_norm above 0 with model.linear.centre",
+      "model.linear.feature_norm above 0 with model.linear.centre or"
+      " model.linear.rarity_power",
       "The mean is measured of features of one norm, so that none is clipped.",
       **{"model.linear.feature_norm": model.linear.feature_norm},
     )
@@ -355,6 +402,26 @@ def validate_linear(model: ModelConfig) -> None:
         "A linear model has no hidden state and no decoder.",
         **{f"model.{name}": is_set},
       )
+
+
+def _validate_words(words: WordsConfig, *, has_bytes: bool) -> None:
+  """Raises `ValueError` for words that cannot be read."""
+  checks.positive(
+    **{
+      "model.linear.words.num_buckets": words.num_buckets,
+      "model.linear.words.num_stem_bytes": words.num_stem_bytes,
+    }
+  )
+  checks.non_negative(
+    **{"model.linear.words.heading_weight": words.heading_weight}
+  )
+  if not has_bytes:
+    checks.fail(
+      "data.tokenizer=BYTES with model.linear.words",
+      "Words are read from bytes. Set --config.data.tokenizer=bytes, or"
+      " --config.model.linear.words=none.",
+      tokenizer="another",
+    )
 
 
 def _validate_directions(linear: LinearConfig) -> None:

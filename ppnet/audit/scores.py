@@ -53,7 +53,7 @@ _MIN_VARIANCE = 1e-12
 
 
 def margins(
-  logits: Float[Array, "B T V"], targets: Int[Array, "B T"]
+  logits: Float[Array, "B _ V"], targets: Int[Array, "B T"]
 ) -> Float[Array, "B T"]:
   """log p(y) - log(1 - p(y)) at each position, without forming either."""
   is_target = jax.nn.one_hot(targets, logits.shape[-1], dtype=jnp.bool_)
@@ -63,7 +63,7 @@ def margins(
 
 
 def normalised(
-  logits: Float[Array, "B T V"], log_probs: Float[Array, "B T"]
+  logits: Float[Array, "B _ V"], log_probs: Float[Array, "B T"]
 ) -> Float[Array, "B T"]:
   """(log p(y) - mu) / sigma at each position (Zhang et al. 2024, eq. 3)."""
   all_of_them = jax.nn.log_softmax(logits, axis=-1)
@@ -92,7 +92,7 @@ def smallest_mean(
 
 
 def of_logits(
-  logits: Float[Array, "B T V"],
+  logits: Float[Array, "B _ V"],
   targets: Int[Array, "B T"],
   loss_mask: Float[Array, "B T"],
   *,

@@ -39,6 +39,34 @@ def scaled(x: Float[Array, "B D"], *, norm: float) -> Float[Array, "B D"]:
   return x * (norm / jnp.maximum(length, _SMALLEST))
 
 
+def measure(
+  module: nn.Module, u: Float[Array, "B D"], ops: param_ops.ParamOps
+) -> tuple[Float[Array, " D"], Float[Array, "B D"]]:
+  """Has a step measure the mean of u, in the `nn.compact` call of `module`.
+
+  Args:
+    module: has the parameter, and sows what its step minimises.
+    u: features, of a norm that the clip norm leaves whole.
+    ops: implementation of the parametrised operations.
+
+  Returns:
+    (shift: minus the mean, or zeros before it is measured; u + shift).
+  """
+  shift = cast(  # Linen declares the box; apply() unboxes.
+    jax.Array,
+    module.param(
+      PARAMETER,
+      nn.with_logical_partitioning(nn.initializers.zeros, (None,)),
+      u.shape[-1:],
+    ),
+  )
+  name = "/".join((*module.path, PARAMETER))
+  # With the axis of tokens that the engines' rules expect.
+  moved = ops.bias(name, shift, u[:, None, :])[:, 0]
+  measuring.sow(module, (moved * jax.lax.stop_gradient(u)).sum(axis=-1), shift)
+  return shift, moved
+
+
 class Centre(nn.Module):
   """u + shift; sows what its step minimises.
 
@@ -55,16 +83,4 @@ class Centre(nn.Module):
     Args:
       u: features, of a norm that the clip norm leaves whole.
     """
-    shift = cast(  # Linen declares the box; apply() unboxes.
-      jax.Array,
-      self.param(
-        PARAMETER,
-        nn.with_logical_partitioning(nn.initializers.zeros, (None,)),
-        u.shape[-1:],
-      ),
-    )
-    name = "/".join((*self.path, PARAMETER))
-    # With the axis of tokens that the engines' rules expect.
-    moved = self.ops.bias(name, shift, u[:, None, :])[:, 0]
-    measuring.sow(self, (moved * jax.lax.stop_gradient(u)).sum(axis=-1), shift)
-    return jax.lax.stop_gradient(moved)
+    return jax.lax.stop_gradient(measure(self, u, self.ops)[1])

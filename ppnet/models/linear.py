@@ -2,8 +2,9 @@
 
 Tramèr and Boneh 2021, section 3 (https://arxiv.org/abs/2011.11660): features
 that no record was used for, each record's normalised by itself, and one matrix.
-It stands in PPNet's place and speaks its language: the classes are the tokens
-of the answers, so losses, engines, evaluation and attacks are the same.
+Of a text the features are its words. It stands in PPNet's place and speaks its
+language: the classes are the tokens of the answers, so losses, engines,
+evaluation and attacks are the same.
 """
 
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from ppnet import config as config_lib
 from ppnet.core import checks, param_ops
-from ppnet.models import centring, flattening, layers, measuring
+from ppnet.models import centring, flattening, layers, measuring, rarity, words
 
 _NEVER = -1e9  # Logit of a token that is no answer; its exponential is 0.
 
@@ -47,20 +48,18 @@ class LinearClassifier(nn.Module):
     *,
     media: Mapping[str, Array],
     **unused: Any,
-  ) -> Float[Array, "B T V"]:
-    """The same logits at every position, float32; only media are read.
+  ) -> Float[Array, "B 1 V"]:
+    """Logits of the answer, float32: the same wherever it stands.
 
     Args:
-      tokens: for their shape.
+      tokens: where `config.words` asks for them, the text up to the answer.
       media: modality to one item per example: [B, H, W, C] or [B, F, M].
       **unused: what PPNet has beside them: noise, keys, positions.
 
     Raises:
-      ValueError: no media, or groups that do not divide the feature maps.
+      ValueError: no features, or groups that do not divide the feature maps.
     """
     del unused
-    if not media:
-      checks.fail("a picture or a sound for a linear model", media=list(media))
     num_examples = tokens.shape[0]
     parts = []
     for name in sorted(media):
@@ -68,8 +67,18 @@ class LinearClassifier(nn.Module):
       if name == "image":
         values = layers.group_norm(values, num_groups=self.config.num_groups)
       parts.append(values.reshape(num_examples, -1))
+    if self.config.words is not None:
+      parts.append(
+        words.bag(tokens, self.config.words, answer_ids=self.answer_ids)
+      )
+    if not parts:
+      checks.fail(
+        "a picture, a sound or words for a linear model",
+        "Of texts alone, set --config.model.linear.words=build.",
+        media=list(media),
+      )
     features = jnp.concatenate(parts, axis=1)
-    if self.config.centre:
+    if config_lib.is_measured(self.config):
       features = self._measured(features) * self.config.feature_norm
     else:
       features = centring.scaled(features, norm=self.config.feature_norm)
@@ -79,25 +88,36 @@ class LinearClassifier(nn.Module):
       len(self.answer_ids), (None, None), self.ops, init_scale=0.0, name="head"
     )(features[:, None, :])  # [B, 1, classes]
     over_all = jnp.full((num_examples, 1, self.vocab_size), _NEVER)
-    over_all = over_all.at[:, :, jnp.array(self.answer_ids)].set(logits)
-    return jnp.broadcast_to(over_all, (*tokens.shape, self.vocab_size))
+    return over_all.at[:, :, jnp.array(self.answer_ids)].set(logits)
 
   def _measured(self, features: Float[Array, "B D"]) -> Float[Array, "B D"]:
-    """Features of norm 1 less their mean; and flat, then likewise again.
+    """Features of norm 1, weighted, less their mean, flat, as configured.
 
-    The first step measures the mean, the next ones the directions that are made
-    smaller, and one more the mean of what that gives.
+    A step each measures the mean that weights them and the mean that is taken
+    away, the next ones the directions that are made smaller, and one more the
+    mean of what that gives.
     """
+    number = 0
     unit = centring.scaled(features, norm=1.0)
-    moved = centring.Centre(self.ops, name=measuring.stage(0))(unit)
+    if self.config.rarity_power:
+      unit = rarity.Rarity(
+        self.config.rarity_power,
+        self.config.rarity_floor,
+        self.ops,
+        name=measuring.stage(number),
+      )(unit)
+      number += 1
+    if not self.config.centre:
+      return unit
+    moved = centring.Centre(self.ops, name=measuring.stage(number))(unit)
     if not self.config.num_directions:
       return moved
     found = None
-    for number in range(1, 1 + self.config.num_power_steps):
+    for _ in range(self.config.num_power_steps):
+      number += 1
       found = flattening.PowerStep(
         self.config.num_directions, self.ops, name=measuring.stage(number)
       )(moved, found)
     assert found is not None, "validated: one step at least"
     flat = centring.scaled(flattening.flattened(moved, found), norm=1.0)
-    last = measuring.stage(1 + self.config.num_power_steps)
-    return centring.Centre(self.ops, name=last)(flat)
+    return centring.Centre(self.ops, name=measuring.stage(number + 1))(flat)

@@ -17,19 +17,22 @@ LossFn = Callable[..., tuple[Array, dict[str, Array]]]
 
 
 def cross_entropy(
-  logits: Float[Array, "B T V"],
+  logits: Float[Array, "B _ V"],
   targets: Int[Array, "B T"],
   loss_mask: Float[Array, "B T"],
 ) -> Float[Array, " B"]:
-  """Mean over each example's own masked positions, nats."""
+  """Mean over each example's own masked positions, nats.
+
+  Logits of one position are those of all.
+  """
   log_probs = jax.nn.log_softmax(logits, axis=-1)
   picked = jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
   return -_masked_mean(picked, loss_mask)
 
 
 def consistency(
-  clean_logits: Float[Array, "B T V"],
-  noisy_logits: Float[Array, "B T V"],
+  clean_logits: Float[Array, "B _ V"],
+  noisy_logits: Float[Array, "B _ V"],
   loss_mask: Float[Array, "B T"],
 ) -> Float[Array, " B"]:
   """KL(clean || noisy) over each example's own masked positions, nats."""
@@ -40,9 +43,14 @@ def consistency(
 
 
 def answer_logits(
-  logits: Float[Array, "B T V"], loss_mask: Float[Array, "B T"]
+  logits: Float[Array, "B _ V"], loss_mask: Float[Array, "B T"]
 ) -> Float[Array, "B V"]:
-  """Logits at each example's one answer position."""
+  """Logits at each example's one answer position.
+
+  Logits of one position are those of all; an example of padding has zeros.
+  """
+  if logits.shape[1] == 1:
+    loss_mask = loss_mask.sum(axis=1, keepdims=True)
   return jnp.einsum("btv,bt->bv", logits, loss_mask)
 
 
@@ -57,8 +65,10 @@ def predict(
   batch: Batch,
   *,
   noise: noisy_attention.AttentionNoise | None,
-) -> Float[Array, "B T V"]:
+) -> Float[Array, "B _ V"]:
   """Logits of a batch from the pipeline; absent modalities are left out.
+
+  Of a linear model they have one position: they are the same at all.
 
   A packed batch has "positions" and "segment_ids" [B, T] (`data.packing`).
 
@@ -76,7 +86,7 @@ def _apply(
   batch: Batch,
   *,
   noise: noisy_attention.AttentionNoise | None,
-) -> tuple[Float[Array, "B T V"], Mapping[str, Any]]:
+) -> tuple[Float[Array, "B _ V"], Mapping[str, Any]]:
   """See `predict`; and what a model that measures has sown beside it."""
   shared = {
     name: jax.random.clone(batch[name])  # Meant: see `predict`.
@@ -149,7 +159,7 @@ def make_loss_fn(
 
 
 def _masked_mean(
-  values: Float[Array, "B T"], mask: Float[Array, "B T"]
+  values: Float[Array, "B _"], mask: Float[Array, "B T"]
 ) -> Float[Array, " B"]:
   """Mean over the masked positions; 0 where there are none (padding)."""
   return (values * mask).sum(axis=-1) / jnp.maximum(mask.sum(axis=-1), 1.0)

@@ -300,7 +300,7 @@ def predict(
   *,
   model: Any,
   noise_config: Any,
-) -> Float[Array, "B T V"]:
+) -> Float[Array, "B _ V"]:
   """Logits of one batch as evaluations see them; see `evaluate`."""
   noise = None
   if noise_config.at_evaluation:
