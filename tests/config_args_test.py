@@ -23,7 +23,9 @@ def test_every_field_is_known_and_reachable():
     decoder.rope_scaling = config_lib.RopeScalingConfig()
     decoder.lora = config_lib.LoraConfig()
     holder.model.image.patches = config_lib.PatchStemConfig()
-    holder.model.linear = config_lib.LinearConfig()
+    holder.model.linear = config_lib.LinearConfig(
+      words=config_lib.WordsConfig()
+    )
     for part in name.split("."):
       holder = getattr(holder, part)
 

@@ -1,13 +1,34 @@
-r"""Recommended or not, of a clothing review, at a given epsilon.
+r"""Recommended or not: a linear model on the words of a clothing review.
 
   bash launch/local.sh --config=configs/records/clothing_reviews.py:3 \
     --config.data.path=/data/reviews.csv --sweep="seed=0,1,2,3,4"
+
+The argument is epsilon, under PLD, at delta = 1e-5, example-level,
+add-or-remove-one, Poisson sampling. Neither the noise nor the sampler is
+seeded, so that no two runs are the same; `seed` names them.
+
+Nothing is learnt but one matrix and what the first step measures:
+
+- features: a hash of the first six bytes of each word of title and review, in
+  8,192 buckets, once however often it occurs; a word of the title has a second
+  feature, twice as large; each review's scaled to norm 1
+- step 1 measures the mean of the features under the clipping and noise of any
+  other step; each is divided by the root of it, 0.002 on top, and all are
+  scaled to norm 3
+- 59 steps of SGD with 4096 expected reviews each, momentum 0.9, rate 3, clip
+  norm 1; the class is the likelier of the two, with no other threshold
+
+All of this was chosen on private data: in a prototype of the same mechanism at
+epsilon 3, trained on the first 80 % of the training reviews and scored on the
+others, which is not accounted for. It is the same at every epsilon. The test
+split is evaluated once, after the last step, and was not looked at before.
+Words, their stems and the hash are of no review at all.
 """
 
 from ppnet import config
 
+_VOCAB_SIZE = 272  # Bytes, answers and the special tokens.
 _NUM_STEPS = 60
-_NUM_TOKENS = 576  # No review of the training split is longer.
 
 
 def get_config(epsilon: str = "3") -> config.ExperimentConfig:
@@ -19,10 +40,11 @@ def get_config(epsilon: str = "3") -> config.ExperimentConfig:
       path="/data/reviews.csv",
       prompt="",
       tokenizer=config.TokenizerKind.BYTES,
-      vocab_size=272,
+      vocab_size=_VOCAB_SIZE,
     ),
     model=config.ModelConfig(
-      decoder=config.LlamaConfig(vocab_size=272, max_seq_len=_NUM_TOKENS),
+      # Training reviews have 557 bytes at most; what is longer is cut.
+      decoder=config.LlamaConfig(vocab_size=_VOCAB_SIZE, max_seq_len=576),
       image=None,
       audio=None,
       linear=config.LinearConfig(

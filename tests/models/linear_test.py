@@ -50,10 +50,10 @@ def test_logits_are_a_product_and_a_bias():
   features = np.array(examples["image"]).reshape(3, -1)
   kernel = np.array(params["head"]["kernel"])
   expected = features @ kernel[:-1] + kernel[-1]
-  for position in range(2):
-    np.testing.assert_allclose(
-      logits[:, position, jnp.array(_ANSWERS)], expected, rtol=1e-5, atol=1e-5
-    )
+  assert logits.shape == (3, 1, 8)  # The same at every position.
+  np.testing.assert_allclose(
+    logits[:, 0, jnp.array(_ANSWERS)], expected, rtol=1e-5, atol=1e-5
+  )
   others = [i for i in range(8) if i not in _ANSWERS]
   assert (jax.nn.softmax(logits)[:, :, jnp.array(others)] == 0).all()
 
@@ -108,6 +108,11 @@ def test_engines_clip_it_as_vmap_does(engine):
   )
 
 
+def test_without_media_and_words_there_is_nothing_to_classify():
+  with pytest.raises(ValueError, match=r"linear\.words=build"):
+    model().init(prng.root(1), jnp.zeros((2, 3), jnp.int32), media={})
+
+
 def experiment(**changes):
   config = tiny.experiment(**changes)
   config.model.linear = config_lib.LinearConfig()
@@ -125,11 +130,34 @@ def test_a_run_learns_and_claims_as_any_other(tmp_path):
   assert 7.9 < summary["epsilon"] <= 8.0
 
 
+def _words(**changes):
+  return config_lib.WordsConfig(**changes)
+
+
+def _set_words(config, **changes):
+  config.data.tokenizer = config_lib.TokenizerKind.BYTES
+  config.model.linear.words = _words(**changes)
+
+
+def _weigh(config, *, l2_clip_norm):
+  config.model.linear.rarity_power = 0.5
+  config.model.linear.feature_norm = 2.0
+  config.privacy.l2_clip_norm = l2_clip_norm
+
+
 @pytest.mark.parametrize(
   ("change", "says"),
   [
     (lambda c: setattr(c.model, "modality_dropout", 0.5), "modality_dropout"),
     (lambda c: setattr(c.model.linear, "num_groups", -1), "num_groups"),
+    (lambda c: setattr(c.model.linear, "words", _words()), "tokenizer=BYTES"),
+    (lambda c: _set_words(c, num_buckets=0), "num_buckets"),
+    (lambda c: _set_words(c, num_stem_bytes=0), "num_stem_bytes"),
+    (lambda c: _set_words(c, heading_weight=-1.0), "heading_weight"),
+    (lambda c: setattr(c.model.linear, "rarity_power", -0.5), "rarity_power"),
+    (lambda c: setattr(c.model.linear, "rarity_power", 0.5), "feature_norm"),
+    (lambda c: setattr(c.model.linear, "rarity_floor", 0.0), "rarity_floor"),
+    (lambda c: _weigh(c, l2_clip_norm=0.5), "l2_clip_norm"),
     (
       lambda c: setattr(c.model.decoder, "lora", config_lib.LoraConfig()),
       "decoder.lora",

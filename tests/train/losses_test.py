@@ -61,6 +61,25 @@ def test_answer_logits_are_those_at_the_masked_position():
     np.testing.assert_array_equal(got[row], logits[0, row, position])
 
 
+def test_logits_of_one_position_are_those_of_all():
+  logits, targets, mask = data()
+  one = logits[:, :, :1]
+  for found, expected in (
+    [fun(each, targets, mask) for each in (one[0], _at_all(one[0]))]
+    for fun in (
+      losses.cross_entropy,
+      lambda each, *_: losses.consistency(each, each + one[1], mask),
+      lambda each, *_: losses.answer_logits(each, mask.at[1, 1].set(0)),
+    )
+  ):
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)
+  # Fails if: a row of padding has an answer.
+
+
+def _at_all(logits):
+  return jnp.broadcast_to(logits, (B, T, V))
+
+
 def test_gradients_of_an_example_touch_no_other():
   logits, targets, mask = data()
 
