@@ -126,7 +126,11 @@ def features(
   assert config.model.linear is not None, "checked"
   model = linear.LinearClassifier(
     dataclasses.replace(
-      config.model.linear, feature_norm=0.0, centre=False, num_directions=0
+      config.model.linear,
+      feature_norm=0.0,
+      centre=False,
+      num_directions=0,
+      rarity_power=0.0,
     ),
     config.model.decoder.vocab_size,
     tuple(tokenizer.answer_ids.tolist()),
