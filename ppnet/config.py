@@ -599,6 +599,7 @@ def _validate_model(config: ExperimentConfig) -> None:
       head_dim=decoder.head_dim,
     )
   model_config.validate_options(decoder)
+  model_config.validate_first_weights(config.model)
   model_config.validate_linear(
     config.model, has_bytes=config.data.tokenizer is TokenizerKind.BYTES
   )

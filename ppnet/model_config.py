@@ -43,6 +43,8 @@ class RopeScalingConfig:
 # What an adapter may stand beside: every matrix of a decoder layer.
 _IN_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 PROJECTIONS = (*_IN_ATTENTION, "gate_proj", "up_proj", "down_proj")
+# What may begin at zero and yet have a gradient, now or a step later.
+ZEROABLE = ("lm_head", "o_proj", "down_proj")
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -88,6 +90,10 @@ class LlamaConfig:
     attention: code that computes attention; None chooses by the platform.
     noise_layers: layers, counted from 0, whose attention is noised where
       `attention_noise` is on; none named: all of them.
+    zero_init: which of `ZEROABLE` begin at zero: the head, so that all tokens
+      are equally likely at first; or what ends a layer's branches.
+    look_back: above 0: head n of every layer begins by attending to the token n
+      places back, whose score is this; see `models.first_weights`.
   """
 
   vocab_size: int = 32000
@@ -107,6 +113,8 @@ class LlamaConfig:
   lora: LoraConfig | None = None
   attention: config_attention.AttentionImplementation | None = None
   noise_layers: tuple[int, ...] = ()
+  zero_init: tuple[str, ...] = ()
+  look_back: float = 0.0
 
 
 def llama_tiny(*, vocab_size: int) -> LlamaConfig:
@@ -356,6 +364,36 @@ def validate_options(decoder: LlamaConfig) -> None:
 def is_measured(linear: LinearConfig) -> bool:
   """Whether the first step of a linear model measures a mean."""
   return linear.centre or linear.rarity_power > 0
+
+
+def validate_first_weights(model: ModelConfig) -> None:
+  """Raises `ValueError` for first weights that cannot be, or that none see."""
+  decoder = model.decoder
+  checks.non_negative(**{"model.decoder.look_back": decoder.look_back})
+  unknown = [name for name in decoder.zero_init if name not in ZEROABLE]
+  if unknown or (decoder.tie_embeddings and "lm_head" in decoder.zero_init):
+    checks.fail(
+      f"model.decoder.zero_init among {ZEROABLE}, and no lm_head where"
+      " tie_embeddings has none",
+      "Other matrices would stay at zero.",
+      **{"model.decoder.zero_init": decoder.zero_init},
+    )
+  if not decoder.zero_init and not decoder.look_back:
+    return
+  for name, is_set in (
+    ("decoder_weights", bool(model.decoder_weights)),
+    ("decoder.lora", decoder.lora is not None),
+    ("linear", model.linear is not None),
+  ):
+    if is_set:
+      checks.fail(
+        f"no model.{name} beside model.decoder.zero_init or look_back",
+        "They are of a decoder that is trained whole, from its beginning.",
+        **{
+          "model.decoder.zero_init": decoder.zero_init,
+          "model.decoder.look_back": decoder.look_back,
+        },
+      )
 
 
 def validate_linear(model: ModelConfig, *, has_bytes: bool) -> None:

@@ -47,6 +47,8 @@ class Dense(nn.Module):
     ops: implementation of the parametrised operations.
     init_scale: variance of the initial kernel times the input size.
     lora: shape of the adapter, or None.
+    kernel_init: draws the initial kernel in place of `init_scale`; None does
+      not.
   """
 
   features: int
@@ -54,6 +56,7 @@ class Dense(nn.Module):
   ops: param_ops.ParamOps
   init_scale: float = 1.0
   lora: config_lib.LoraConfig | None = None
+  kernel_init: nn.initializers.Initializer | None = None
 
   @property
   def out_axis(self) -> str | None:
@@ -66,7 +69,8 @@ class Dense(nn.Module):
     kernel = _param(
       self,
       "kernel",
-      nn.initializers.variance_scaling(self.init_scale, "fan_in", "normal"),
+      self.kernel_init
+      or nn.initializers.variance_scaling(self.init_scale, "fan_in", "normal"),
       shape=(x.shape[-1], self.features),
       axes=self.axes,
     )
@@ -131,18 +135,26 @@ class RMSNorm(nn.Module):
 
 
 class Embed(nn.Module):
-  """A table of token embeddings, also usable as the output head."""
+  """A table of token embeddings, also usable as the output head.
+
+  Attributes:
+    vocab_size: V, rows.
+    features: D.
+    ops: implementation of the parametrised operations.
+    table_init: draws the initial table; None: standard normal.
+  """
 
   vocab_size: int
   features: int
   ops: param_ops.ParamOps
+  table_init: nn.initializers.Initializer | None = None
 
   def setup(self):
     """Declares the table [V, D]."""
     self.table = _param(
       self,
       "table",
-      nn.initializers.normal(stddev=1.0),
+      self.table_init or nn.initializers.normal(stddev=1.0),
       shape=(self.vocab_size, self.features),
       axes=("vocab", "embed"),
     )

@@ -41,7 +41,7 @@ from jaxtyping import Array, Float, Int, Key
 from ppnet import config as config_lib
 from ppnet.core import checks, param_ops
 from ppnet.kernels import noisy_attention, reference
-from ppnet.models import layers, private_cut
+from ppnet.models import first_weights, layers, private_cut
 from ppnet.sharding import layout
 
 Leaf = Any
@@ -185,7 +185,14 @@ def _projection(
   lora = config.lora
   if lora is not None and name not in lora.targets:
     lora = None
-  return layers.Dense(features, axes, ops, lora=lora, name=name)
+  return layers.Dense(
+    features,
+    axes,
+    ops,
+    lora=lora,
+    kernel_init=first_weights.of_projection(config, name),
+    name=name,
+  )
 
 
 class FeedForward(nn.Module):
@@ -288,7 +295,12 @@ class Llama(nn.Module):
   def setup(self):
     """Declares embedding, scanned layers, final norm and head."""
     cfg = self.config
-    self.token_embed = layers.Embed(cfg.vocab_size, cfg.embed_dim, self.ops)
+    self.token_embed = layers.Embed(
+      cfg.vocab_size,
+      cfg.embed_dim,
+      self.ops,
+      table_init=first_weights.of_table(cfg),
+    )
     layer = DecoderLayer
     if cfg.remat:
       # Inside scan the loop already prevents merging across the boundary.
@@ -305,7 +317,12 @@ class Llama(nn.Module):
     )(cfg, self.ops, self.cut)
     self.final_norm = layers.RMSNorm(cfg.rms_norm_eps, self.ops)
     if not cfg.tie_embeddings:
-      self.lm_head = layers.Dense(cfg.vocab_size, ("embed", "vocab"), self.ops)
+      self.lm_head = layers.Dense(
+        cfg.vocab_size,
+        ("embed", "vocab"),
+        self.ops,
+        kernel_init=first_weights.of_projection(cfg, "lm_head"),
+      )
 
   def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """Token embeddings in the compute dtype."""

@@ -219,12 +219,15 @@ def llama_loss(model, *, is_twice):
     ({"remat": True}, False, GHOST),
     # Every parameter is used by two applications: GHOST has nothing to probe.
     ({"tie_embeddings": True}, True, BOOKKEEPING),
+    # Gradients of zero, and of what only one row feeds.
+    ({"zero_init": ("o_proj",), "look_back": 9.0}, False, BOOKKEEPING),
     *(
       pytest.param(*case, marks=pytest.mark.slow)
       for case in (
         ({"remat": True}, False, BOOKKEEPING),
         ({"remat": True, "tie_embeddings": True}, True, GHOST),
         ({"tie_embeddings": True}, False, GHOST),
+        ({"zero_init": ("lm_head",), "look_back": 9.0}, False, GHOST),
         ({"num_layers": 3, "num_kv_heads": 4}, True, BOOKKEEPING),
       )
     ),
