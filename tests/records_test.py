@@ -10,6 +10,40 @@ from ppnet import config as config_lib
 _RECORDS = pathlib.Path(__file__).parents[1] / "configs" / "records"
 
 
+_NAMES = (
+  "clothing_reviews",
+  "fashion_mnist",
+  "mnist",
+  "shakespeare",
+  "spoken_digits",
+)
+
+
+@pytest.mark.parametrize("name", _NAMES)
+@pytest.mark.parametrize("epsilon", [1, 3, 8])
+def test_a_record_spends_its_epsilon_and_sees_the_test_split_once(
+  name, epsilon
+):
+  get_config = runpy.run_path(str(_RECORDS / f"{name}.py"))["get_config"]
+  config = get_config(str(epsilon))
+  config_lib.validate(config)
+  privacy, train = config.privacy, config.train
+  assert privacy.enabled
+  assert privacy.noise
+  assert (privacy.epsilon, privacy.delta) == (epsilon, 1e-5)
+  assert privacy.noise_multiplier is None
+  assert privacy.sampler is config_lib.Sampler.POISSON
+  assert privacy.accountant is config_lib.Accountant.PLD
+  assert privacy.unit is config_lib.PrivacyUnit.EXAMPLE
+  add_or_remove = config_lib.NeighboringRelation.ADD_OR_REMOVE_ONE
+  assert privacy.neighboring_relation is add_or_remove
+  assert privacy.noise_seed is None
+  assert privacy.sampler_seed is None
+  assert train.eval_every_steps == train.num_steps
+  # Fails if: noise is fixed or can be drawn again, or training is stopped or
+  # watched by the test split.
+
+
 @pytest.mark.parametrize(
   ("argument", "epsilon", "batch_size"),
   [("3", 3.0, 512), ("8,64", 8.0, 64), ("none", None, 512)],

@@ -23,6 +23,19 @@ epsilon 3, trained on the first 80 % of the training reviews and scored on the
 others, which is not accounted for. It is the same at every epsilon. The test
 split is evaluated once, after the last step, and was not looked at before.
 Words, their stems and the hash are of no review at all.
+
+What each is worth there, AUC in points at epsilon 3, means of three:
+
+  as here                                   94.9
+  no feature of their own for title words   93.4
+  no weights by rarity                      93.6
+  2,048 / 32,768 buckets                    94.0 / 94.9
+  first 4 bytes / whole words               94.5 / 94.8
+  pairs of neighbours too                   94.0
+  mean taken away too                       94.9
+  rate 1.5 / 6                              94.7 / 94.5
+  momentum 0 / moving average, decay 0.9    94.8 / 94.8
+  no noise                                  95.3
 """
 
 from ppnet import config

@@ -14,6 +14,17 @@ were chosen on the training records of MNIST itself, the last 10,000 of them
 held out; that choice is not accounted for, since MNIST is public. Momentum,
 more steps and fewer large directions, as for Fashion-MNIST, were not better
 there. The test split is evaluated once, after the last step. See RECORDS.md.
+
+What each is worth there, in points of accuracy at epsilon 3; one run moves by
+0.1 with its noise:
+
+  as here                                 99.0
+  rate 8 / 16                             98.9 / 98.7
+  not whitened, rate 16                   98.7
+  not whitened, no noise, best rate       98.8
+  not whitened, the mean left, rate 8     98.5
+  strokes of any size and place           98.9
+  whitened by Fashion-MNIST               98.7
 """
 
 import dataclasses

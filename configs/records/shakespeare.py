@@ -25,7 +25,8 @@ Learning rate, width, heads and first weights were chosen on the last 15 % of
 its training windows, which is not accounted for; the batch and the number of
 steps by what two cores do in two minutes. That a small model and a large batch
 go together with privacy is from McKenna et al. 2025
-(https://arxiv.org/abs/2501.18914). RECORDS.md has what came of it.
+(https://arxiv.org/abs/2501.18914). RECORDS.md has what came of it, and what
+other settings gave on the windows that were held out.
 """
 
 from ppnet import config

@@ -18,6 +18,14 @@ Steps, rate and whether the mean is taken away were chosen on the training
 recordings, a sixth of them held out, four times; that choice is not accounted
 for. The test split is evaluated once, after the last step. RECORDS.md has what
 came of it, beside Opacus's and JAX-Privacy's own recipes.
+
+What each is worth there, in points of accuracy at epsilon 3, means of four:
+
+  as here                    80.4
+  the mean left              73.4
+  rate 0.04 / 0.16           79.9 / 76.6
+  30 / 100 steps             78.3 / 76.0 (80.9 at a rate of 0.02)
+  moving average, decay 0.9  80.0
 """
 
 import dataclasses
