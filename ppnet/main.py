@@ -471,7 +471,7 @@ def run_job(config: config_lib.ExperimentConfig, workdir: pathlib.Path) -> None:
     allocator.keep_freed()
   with contextlib.ExitStack() as stack:
     if hosts.is_first():
-      stack.enter_context(workdirs.opened(workdir, records.to_plain(config)))
+      stack.enter_context(workdirs.opened(workdir, config))
     _JOBS[config.job](config, workdir)
 
 

@@ -23,7 +23,7 @@ What each is worth there, in points of accuracy at epsilon 3; one run moves by
   not whitened, rate 16                   98.7
   not whitened, no noise, best rate       98.8
   not whitened, the mean left, rate 8     98.5
-  strokes of any size and place           98.9
+  strokes of any size                     98.9
   whitened by Fashion-MNIST               98.7
 """
 

@@ -1,6 +1,7 @@
 """A run's folder: who owns it, what it was made for, where it is by default."""
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import importlib.metadata
@@ -73,6 +74,30 @@ def differences(
   ]
 
 
+def completed(old: Mapping[str, Any], config: Any) -> dict[str, Any]:
+  """A former record of a configuration, with the fields that have come since.
+
+  They get their defaults: what was new when it was added left everything as it
+  had been where nobody set it.
+
+  Args:
+    old: what `records.to_plain` made of a configuration then.
+    config: a configuration now, a dataclass of dataclasses.
+  """
+  full = dict(old)
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if field.name in old:
+      then = old[field.name]
+      if dataclasses.is_dataclass(value) and isinstance(then, Mapping):
+        full[field.name] = completed(then, value)
+    elif field.default is not dataclasses.MISSING:
+      full[field.name] = records.to_plain(field.default)
+    elif field.default_factory is not dataclasses.MISSING:
+      full[field.name] = records.to_plain(field.default_factory())
+  return full
+
+
 def run_name(name: str, overrides: Sequence[str]) -> str:
   """A folder name from the experiment's name and its "field=value" overrides.
 
@@ -104,9 +129,7 @@ def is_among(name: str, fields: Sequence[str]) -> bool:
 
 
 @contextlib.contextmanager
-def opened(
-  path: pathlib.Path, config: Mapping[str, Any]
-) -> Iterator[pathlib.Path]:
+def opened(path: pathlib.Path, config: Any) -> Iterator[pathlib.Path]:
   """Makes the folder, takes it for this process, and writes `config.json`.
 
   A run that never began (its configuration was refused, say) binds nobody: the
@@ -114,7 +137,7 @@ def opened(
 
   Args:
     path: the folder.
-    config: the experiment as plain JSON values.
+    config: the experiment, a dataclass.
 
   Yields:
     The folder.
@@ -143,25 +166,30 @@ def opened(
       check_same(path, config)
     else:
       records.write_json(
-        path / "config.json", {"config": config} | provenance()
+        path / "config.json",
+        {"config": records.to_plain(config)} | provenance(),
       )
     yield path
 
 
-def check_same(path: pathlib.Path, config: Mapping[str, Any]) -> None:
-  """Raises `WorkdirError` where `path` belongs to another configuration."""
+def check_same(path: pathlib.Path, config: Any) -> None:
+  """Raises `WorkdirError` where `path` belongs to another configuration.
+
+  A run that a former version began goes on; see `completed`.
+  """
   recorded = path / "config.json"
   if not recorded.exists():
     raise WorkdirError(
       f"Expected {recorded} beside the records of a run. Restore it, or pass"
       " another --workdir."
     )
-  old = records.read_json(recorded)["config"]
-  names = flatten(old).keys() | flatten(config).keys()
+  old = completed(records.read_json(recorded)["config"], config)
+  new = records.to_plain(config)
+  names = flatten(old).keys() | flatten(new).keys()
   ignore = [
     name for name in names if not _is_part(name) or is_among(name, _MAY_CHANGE)
   ]
-  differing = differences(old, config, ignore=ignore)
+  differing = differences(old, new, ignore=ignore)
   if differing:
     raise WorkdirError(
       f"Expected {path} to belong to this configuration, but these fields"
