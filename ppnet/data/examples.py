@@ -192,7 +192,12 @@ class Examples:
         encoded = [self._only_item(name, position) for position in positions]
         return self._fixed(self._chains[name], name, encoded)
 
-      self._stored[name] = stored.open_or_make(file, make, count=len(self))
+      self._stored[name] = stored.open_or_make(
+        file,
+        make,
+        count=len(self),
+        shape=None if chain.random else chain.shape,
+      )
 
   def _only_item(self, name: str, position: int) -> tuple[str, bytes]:
     """The id of a record and its one item of a modality, encoded."""

@@ -73,6 +73,7 @@ def open_or_make(
   make: Make,
   *,
   count: int,
+  shape: tuple[int, ...] | None = None,
 ) -> np.ndarray:
   """The stored array, mapped into memory and not writable.
 
@@ -82,21 +83,23 @@ def open_or_make(
       order, some at a time, where there is no file yet, and not at all where
       there is one.
     count: N, the number of records, at least 1.
+    shape: of one item, where that is known without making one.
 
   Returns:
     float32 [N, *shape].
 
   Raises:
-    ValueError: the file is not of so many; a new one would be written if it
+    ValueError: the file is not of this shape; a new one would be written if it
       were not there.
     sources.BadRecordError: whatever `make` raises; no file is left.
   """
   if not file.exists():
     _write(file, make, count=count)
   array = np.load(file, mmap_mode="r", allow_pickle=False)
-  if array.shape[:1] != (count,) or array.dtype != np.float32:
+  item = array.shape[1:] if shape is None else shape
+  if array.shape != (count, *item) or array.dtype != np.float32:
     checks.fail(
-      f"{file} to hold {count} items of float32",
+      f"{file} to hold float32 {[count, *item]}",
       "It is damaged. Delete it; it is made again.",
       shape=list(array.shape),
       dtype=str(array.dtype),

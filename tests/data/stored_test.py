@@ -112,7 +112,7 @@ def test_a_record_that_fails_leaves_no_file(tmp_path):
   assert not list(tmp_path.iterdir())
 
 
-def test_a_file_of_another_length_is_refused_and_none_can_be_written(tmp_path):
+def test_a_file_of_another_shape_is_refused_and_none_can_be_written(tmp_path):
   file = tmp_path / "fixed.npy"
   make = lambda positions: [np.full(3, n, np.float32) for n in positions]
   array = stored.open_or_make(file, make, count=4)
@@ -121,6 +121,8 @@ def test_a_file_of_another_length_is_refused_and_none_can_be_written(tmp_path):
     array[0] = 1.0
   with pytest.raises(ValueError, match="Delete it"):
     stored.open_or_make(file, make, count=5)
+  with pytest.raises(ValueError, match="Delete it"):
+    stored.open_or_make(file, make, count=4, shape=(2,))
 
 
 def test_skipped_records_have_no_place_in_a_file():
