@@ -4,18 +4,21 @@ Gradient descent is slow along directions in which features vary little, and
 under privacy there are only so many steps. With μ and Σ the mean and covariance
 of features,
 
-    x -> L⁻¹ (x - μ),   L Lᵀ = Σ + λ I   (Cholesky),
+    x -> Λ^-1/2 Uᵀ (x - μ),   U Λ Uᵀ = Σ + λ I,   Λ from large to small,
 
 gives every direction a variance of about 1. For a linear model trained by
 gradients from zero and for noise that is the same in all directions, any other
-root of the inverse, such as the symmetric one, only turns everything.
+root of the inverse, such as the symmetric one, only turns everything. This one
+puts the directions in order, which `models.leading` makes use of.
 
-Here μ and Σ are of pictures that a random process draws (`strokes`), so that no
-record has a part in them and no privacy budget is spent. Where private pictures
-are unlike them, little is gained; nothing is promised less.
+Here μ and Σ are of pictures that a random process draws (`strokes` or
+`garments`), so that no record has a part in them and no privacy budget is
+spent. Where private pictures are unlike them, little is gained; nothing is
+promised less.
 """
 
 import dataclasses
+import enum
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -26,11 +29,24 @@ import scipy.linalg
 from absl import logging
 
 from ppnet.core import checks
-from ppnet.data import stages, strokes
+from ppnet.data import garments, stages, strokes
 
 _EPS = 1e-5  # As in `models.layers.group_norm`.
 _AT_ONCE = 64
 _SMALLEST = 1e-12  # Keeps a picture of all zeros finite.
+
+
+class Prior(enum.Enum):
+  """What draws the pictures that whiten."""
+
+  STROKES = "strokes"
+  GARMENTS = "garments"
+
+
+_DRAWN_BY = {
+  Prior.STROKES: strokes.pictures,
+  Prior.GARMENTS: garments.pictures,
+}
 
 
 def fit(
@@ -43,7 +59,7 @@ def fit(
     damping: λ, added to every variance.
 
   Returns:
-    μ float32 [D] and L⁻¹ float32 [D, D], lower triangular.
+    μ float32 [D] and Λ^-1/2 Uᵀ float32 [D, D], the largest direction first.
 
   Raises:
     ValueError: `damping` is not positive: fewer records than features, or
@@ -53,12 +69,13 @@ def fit(
   mean = features.mean(axis=0)
   centred = features - mean
   covariance = np.asarray(centred.T @ centred / len(features), np.float64)
-  covariance[np.diag_indices_from(covariance)] += damping
-  root = scipy.linalg.cholesky(covariance, lower=True, overwrite_a=True)
-  inverse = scipy.linalg.solve_triangular(
-    root, np.eye(len(root)), lower=True, overwrite_b=True
+  variances, directions = scipy.linalg.eigh(
+    covariance, overwrite_a=True, check_finite=False, driver="evd"
   )
-  return np.asarray(mean, np.float32), np.asarray(inverse, np.float32)
+  # Rounding may leave the smallest of few records' below zero.
+  variances = np.maximum(variances, 0) + damping
+  root = (directions / np.sqrt(variances)).T[::-1]
+  return np.asarray(mean, np.float32), np.ascontiguousarray(root, np.float32)
 
 
 def unit_groups(maps: np.ndarray, *, num_groups: int) -> np.ndarray:
@@ -91,6 +108,7 @@ class Whitened(grain.transforms.Map):
   Attributes:
     features: what makes features of pixels, such as `scattering.Scattering`.
     num_groups: see `unit_groups`.
+    prior: what these pictures show.
     damping: λ, see `fit`; the variances of features of norm 1 add up to less
       than 1.
     num_pictures: how many random pictures μ and Σ are of.
@@ -99,6 +117,7 @@ class Whitened(grain.transforms.Map):
 
   features: Any
   num_groups: int = 0
+  prior: Prior = Prior.STROKES
   damping: float = 4e-4
   num_pictures: int = 12_000
   seed: int = 0
@@ -112,7 +131,7 @@ class Whitened(grain.transforms.Map):
   @property
   def label(self) -> str:
     """Words for a table."""
-    return f"{self.features.label}, whitened by random strokes"
+    return f"{self.features.label}, whitened by random {self.prior.value}"
 
   def shape_after(self, shape: tuple[int, ...]) -> tuple[int, ...]:
     """[H, W, C] of the pixels -> [H', W', K].
@@ -143,12 +162,12 @@ class Whitened(grain.transforms.Map):
     Raises:
       sources.BadRecordError: whatever `features` refuses.
     """
-    mean, inverse = _fitted(self, elements[0]["image"].shape)
+    mean, root = _fitted(self, elements[0]["image"].shape)
     maps = [
       element["image"] for element in stages.map_many(self.features, elements)
     ]
     flat = [unit_groups(one, num_groups=self.num_groups) for one in maps]
-    white = (np.stack(flat) - mean) @ inverse.T
+    white = (np.stack(flat) - mean) @ root.T
     return [
       {**element, "image": row.reshape(one.shape)}
       for element, row, one in zip(elements, white, maps, strict=True)
@@ -159,10 +178,12 @@ class Whitened(grain.transforms.Map):
 def _fitted(
   transform: Whitened, shape: tuple[int, int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-  """μ and L⁻¹ for pictures of one shape, made once in a process."""
+  """μ and Λ^-1/2 Uᵀ for pictures of one shape, made once in a process."""
   height, width, channels = shape
-  logging.info("Whitening by %d random pictures.", transform.num_pictures)
-  drawn = strokes.pictures(
+  logging.info(
+    "Whitening by %d random %s.", transform.num_pictures, transform.prior.value
+  )
+  drawn = _DRAWN_BY[transform.prior](
     transform.num_pictures, height=height, width=width, seed=transform.seed
   )
   size = int(np.prod(transform.shape_after(shape)))
