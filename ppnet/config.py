@@ -601,7 +601,7 @@ def _validate_model(config: ExperimentConfig) -> None:
   model_config.validate_options(decoder)
   model_config.validate_first_weights(config.model)
   model_config.validate_linear(
-    config.model, has_bytes=config.data.tokenizer is TokenizerKind.BYTES
+    config.model, tokenizer=config.data.tokenizer.name
   )
   _validate_centre(config)
   if decoder.vocab_size < config.data.vocab_size:

@@ -277,6 +277,13 @@ class LinearConfig:
       below the noise of that step.
     centre: take the mean feature away, which a step measures under
       the same clipping and noise as any other step; see `models.centring`.
+    num_leading: measure the covariance of the first so many of the centred
+      features, which `data.whitening` puts first for it, and leave no variance
+      among them above `leading_floor`; scale again, and take the mean away once
+      more. 0 leaves them. See `models.leading`.
+    num_leading_steps: steps that measure it.
+    leading_floor: a variance of features of norm 1; it should not be far below
+      the noise of these steps.
     num_directions: k: find the k largest directions of the centred features,
       make the features as small along them as along the k-th, scale them again,
       and take their mean away once more; 0 leaves them. See
@@ -290,6 +297,9 @@ class LinearConfig:
   rarity_power: float = 0.0
   rarity_floor: float = 1e-3
   centre: bool = False
+  num_leading: int = 0
+  num_leading_steps: int = 4
+  leading_floor: float = 4e-3
   num_directions: int = 0
   num_power_steps: int = 2
 
@@ -396,18 +406,18 @@ def validate_first_weights(model: ModelConfig) -> None:
       )
 
 
-def validate_linear(model: ModelConfig, *, has_bytes: bool) -> None:
+def validate_linear(model: ModelConfig, *, tokenizer: str) -> None:
   """Raises `ValueError` for what a linear model has no place for.
 
   Args:
     model: what is checked.
-    has_bytes: whether its tokens are bytes.
+    tokenizer: the name of what turns text into tokens.
   """
   if model.linear is None:
     return
   words = model.linear.words
   if words is not None:
-    _validate_words(words, has_bytes=has_bytes)
+    _validate_words(words, tokenizer=tokenizer)
   if model.linear.num_groups < 0:
     checks.fail(
       "model.linear.num_groups not to be negative",
@@ -427,6 +437,7 @@ def validate_linear(model: ModelConfig, *, has_bytes: bool) -> None:
       "The mean is measured of features of one norm, so that none is clipped.",
       **{"model.linear.feature_norm": model.linear.feature_norm},
     )
+  _validate_leading(model.linear)
   _validate_directions(model.linear)
   for name, is_set in (
     ("decoder_weights", bool(model.decoder_weights)),
@@ -442,7 +453,7 @@ def validate_linear(model: ModelConfig, *, has_bytes: bool) -> None:
       )
 
 
-def _validate_words(words: WordsConfig, *, has_bytes: bool) -> None:
+def _validate_words(words: WordsConfig, *, tokenizer: str) -> None:
   """Raises `ValueError` for words that cannot be read."""
   checks.positive(
     **{
@@ -453,12 +464,33 @@ def _validate_words(words: WordsConfig, *, has_bytes: bool) -> None:
   checks.non_negative(
     **{"model.linear.words.heading_weight": words.heading_weight}
   )
-  if not has_bytes:
+  if tokenizer != "BYTES":
     checks.fail(
       "data.tokenizer=BYTES with model.linear.words",
       "Words are read from bytes. Set --config.data.tokenizer=bytes, or"
       " --config.model.linear.words=none.",
-      tokenizer="another",
+      tokenizer=tokenizer,
+    )
+
+
+def _validate_leading(linear: LinearConfig) -> None:
+  """Raises `ValueError` for a covariance that cannot be measured."""
+  checks.non_negative(**{"model.linear.num_leading": linear.num_leading})
+  checks.positive(
+    **{
+      "model.linear.num_leading_steps": linear.num_leading_steps,
+      "model.linear.leading_floor": linear.leading_floor,
+    }
+  )
+  if linear.num_leading and not linear.centre:
+    checks.fail(
+      "model.linear.centre with model.linear.num_leading",
+      "It is measured of features without their mean. Set"
+      " --config.model.linear.centre=true.",
+      **{
+        "model.linear.num_leading": linear.num_leading,
+        "model.linear.centre": linear.centre,
+      },
     )
 
 

@@ -7,6 +7,7 @@ language: the classes are the tokens of the answers, so losses, engines,
 evaluation and attacks are the same.
 """
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +17,15 @@ from jaxtyping import Array, Float, Int
 
 from ppnet import config as config_lib
 from ppnet.core import checks, param_ops
-from ppnet.models import centring, flattening, layers, measuring, rarity, words
+from ppnet.models import (
+  centring,
+  flattening,
+  layers,
+  leading,
+  measuring,
+  rarity,
+  words,
+)
 
 _NEVER = -1e9  # Logit of a token that is no answer; its exponential is 0.
 
@@ -94,30 +103,47 @@ class LinearClassifier(nn.Module):
     """Features of norm 1, weighted, less their mean, flat, as configured.
 
     A step each measures the mean that weights them and the mean that is taken
-    away, the next ones the directions that are made smaller, and one more the
-    mean of what that gives.
+    away, the next ones the covariance of the first features and the directions
+    that are made smaller, and one more the mean of what that gives.
+
+    Raises:
+      ValueError: fewer features than `num_leading`.
     """
-    number = 0
+    config = self.config
+    numbers = itertools.count()
+
+    def stage() -> str:
+      return measuring.stage(next(numbers))
+
     unit = centring.scaled(features, norm=1.0)
-    if self.config.rarity_power:
+    if config.rarity_power:
       unit = rarity.Rarity(
-        self.config.rarity_power,
-        self.config.rarity_floor,
-        self.ops,
-        name=measuring.stage(number),
+        config.rarity_power, config.rarity_floor, self.ops, name=stage()
       )(unit)
-      number += 1
-    if not self.config.centre:
+    if not config.centre:
       return unit
-    moved = centring.Centre(self.ops, name=measuring.stage(number))(unit)
-    if not self.config.num_directions:
+    moved = centring.Centre(self.ops, name=stage())(unit)
+    if not config.num_leading and not config.num_directions:
       return moved
-    found = None
-    for _ in range(self.config.num_power_steps):
-      number += 1
-      found = flattening.PowerStep(
-        self.config.num_directions, self.ops, name=measuring.stage(number)
-      )(moved, found)
-    assert found is not None, "validated: one step at least"
-    flat = centring.scaled(flattening.flattened(moved, found), norm=1.0)
-    return centring.Centre(self.ops, name=measuring.stage(number + 1))(flat)
+    if config.num_leading:
+      checks.at_most(
+        moved.shape[-1],
+        "There are no more features.",
+        **{"model.linear.num_leading": config.num_leading},
+      )
+      first = moved[:, : config.num_leading]
+      covariances = [
+        leading.Covariance(self.ops, name=stage())(first)
+        for _ in range(config.num_leading_steps)
+      ]
+      moved = leading.flattened(moved, covariances, floor=config.leading_floor)
+    if config.num_directions:
+      found = None
+      for _ in range(config.num_power_steps):
+        found = flattening.PowerStep(
+          config.num_directions, self.ops, name=stage()
+        )(moved, found)
+      assert found is not None, "validated: one step at least"
+      moved = flattening.flattened(moved, found)
+    flat = centring.scaled(moved, norm=1.0)
+    return centring.Centre(self.ops, name=stage())(flat)

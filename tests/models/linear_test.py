@@ -150,7 +150,10 @@ def _weigh(config, *, l2_clip_norm):
   [
     (lambda c: setattr(c.model, "modality_dropout", 0.5), "modality_dropout"),
     (lambda c: setattr(c.model.linear, "num_groups", -1), "num_groups"),
-    (lambda c: setattr(c.model.linear, "words", _words()), "tokenizer=BYTES"),
+    (
+      lambda c: setattr(c.model.linear, "words", _words()),
+      r"tokenizer=BYTES.*'PUBLIC'",
+    ),
     (lambda c: _set_words(c, num_buckets=0), "num_buckets"),
     (lambda c: _set_words(c, num_stem_bytes=0), "num_stem_bytes"),
     (lambda c: _set_words(c, heading_weight=-1.0), "heading_weight"),
