@@ -34,22 +34,22 @@ import runpy
 from ppnet import config
 from ppnet.data import whitening
 
-_NUM_STEPS = 150
 _SAME = pathlib.Path(__file__).with_name("fashion_mnist.py")
 
 
 def get_config(epsilon: str = "3") -> config.ExperimentConfig:
   """The record's run at `epsilon`."""
   experiment = runpy.run_path(str(_SAME))["get_config"](epsilon)
-  linear = experiment.model.linear
-  decode, features = experiment.data.image_transforms
+  decode, whitened = experiment.data.image_transforms
   data = dataclasses.replace(
     experiment.data,
     path="/data/mnist",
     class_names=tuple(str(digit) for digit in range(10)),
     image_transforms=(
       decode,
-      whitening.Whitened(features=features, num_groups=linear.num_groups),
+      whitening.Whitened(
+        features=whitened.features, num_groups=whitened.num_groups
+      ),
     ),
   )
   return dataclasses.replace(
@@ -58,20 +58,7 @@ def get_config(epsilon: str = "3") -> config.ExperimentConfig:
     data=data,
     model=dataclasses.replace(
       experiment.model,
-      linear=dataclasses.replace(
-        linear, num_groups=0, feature_norm=50.0, num_directions=0
-      ),
+      linear=dataclasses.replace(experiment.model.linear, num_leading=0),
     ),
-    optimizer=config.OptimizerConfig(
-      name=config.OptimizerName.SGD,
-      learning_rate=12.0,
-      schedule=config.Schedule.COSINE,
-      beta1=0.0,
-    ),
-    train=dataclasses.replace(
-      experiment.train,
-      num_steps=_NUM_STEPS,
-      eval_every_steps=_NUM_STEPS,
-      checkpoint_every_steps=_NUM_STEPS,
-    ),
+    optimizer=dataclasses.replace(experiment.optimizer, learning_rate=12.0),
   )
