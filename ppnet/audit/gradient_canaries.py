@@ -17,9 +17,10 @@ hide each other, as m > sqrt(d) random normal ones would; and many coordinates
 each, because a single one may be one that all records move. All projections
 together cost one pass over the gradient.
 
-*The engine is VMAP*, the one that takes any loss. The others give the same sum
-(`tests/privacy`, `tests/train/engines_test.py`), and what follows the sum is
-the same code.
+*Microbatches of records alone go through the configured engine*, those with a
+canary through VMAP, which takes any loss and gives the same sum
+(`tests/privacy`, `tests/train/engines_test.py`). What follows the sum is the
+same code.
 
 *Canaries count.* They are units among the N, and the expected batch grows with
 N, so that q, the noise multiplier and the number of steps are those of the
@@ -31,6 +32,7 @@ What the scores prove is `audit.bounds`' and `audit.assess`' to say.
 """
 
 import dataclasses
+import enum
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -61,6 +63,14 @@ CANARY_KEY = "canary"
 _LENGTH = 10.0
 # Of the four streams of randomness that a seeded audit derives.
 _COINS, _DIRECTIONS, _SAMPLER, _NOISE = range(100, 104)
+
+
+class _Rows(enum.Enum):
+  """What there is in a microbatch, beside padding."""
+
+  RECORDS = enum.auto()
+  CANARIES = enum.auto()
+  BOTH = enum.auto()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -395,19 +405,13 @@ class Auditor:
     mechanism = subject.mechanism
     self._num_others = mechanism.sampler.num_examples - subject.num_canaries
     checks.non_negative(num_records_or_users=self._num_others)
-    # Any loss: see the head of this file.
-    self._mechanism = dataclasses.replace(
-      mechanism, engine=config_lib.Engine.VMAP
-    )
     self.subject = subject
     self._accumulate = {
-      has_records: jax.jit(
-        subject.on_mesh(
-          functools.partial(self._traced_accumulate, has_records=has_records)
-        ),
+      rows: jax.jit(
+        subject.on_mesh(functools.partial(self._traced_accumulate, rows=rows)),
         donate_argnames="grad_sum",
       )
-      for has_records in (False, True)
+      for rows in _Rows
     }
     self._update = jax.jit(
       self._traced_update, donate_argnames=("state", "noise_state")
@@ -424,7 +428,7 @@ class Auditor:
       ValueError: fewer parameters than canaries, or the training diverged, so
         that nothing can be read off.
     """
-    mechanism = self._mechanism
+    mechanism = self.subject.mechanism
     coins = np.random.default_rng(_root(seed, _COINS))
     is_in = coins.random(self.subject.num_canaries) < 0.5
     scores, score = scores_of(
@@ -445,7 +449,7 @@ class Auditor:
       float64 [T, m], in units of the clip norm: 1 is a canary's clipped
       gradient.
     """
-    subject, mechanism = self.subject, self._mechanism
+    subject, mechanism = self.subject, self.subject.mechanism
     state = subject.init()
     codes = directions(
       state.params,
@@ -470,7 +474,7 @@ class Auditor:
     for data in self._steps(is_in, seed=seed):
       grad_sum = step_lib.init_grad_sum(state.params)
       for microbatch in data["microbatches"]:
-        grad_sum = self._accumulate[_has_records(microbatch)](
+        grad_sum = self._accumulate[_rows(microbatch)](
           grad_sum,
           state.params,
           subject.put_batch(microbatch),
@@ -498,7 +502,7 @@ class Auditor:
 
   def _steps(self, is_in: np.ndarray, *, seed: int | None) -> Any:
     """The trainer's microbatches, canaries that are not in left out."""
-    subject, mechanism = self.subject, self._mechanism
+    subject, mechanism = self.subject, self.subject.mechanism
     num_others = self._num_others
     sampler: Any = mechanism.sampler
     if hasattr(sampler, "root"):
@@ -539,24 +543,27 @@ class Auditor:
     frozen: Any,
     codes: Any,
     *,
-    has_records: bool,
+    rows: _Rows,
   ) -> step_lib.GradSum:
-    """`step.accumulate` with canaries in the loss."""
-    subject, mechanism = self.subject, self._mechanism
+    """`step.accumulate` with the loss of what there is in the microbatch."""
+    subject, mechanism = self.subject, self.subject.mechanism
     options: Any = {
       "num_canaries": subject.num_canaries,
       "length": _LENGTH * mechanism.l2_clip_norm,
     }
-    if has_records:
-      loss_fn = with_canaries(
-        lora.with_frozen(subject.loss_fn, frozen)
-        if frozen
-        else subject.loss_fn,
-        codes,
-        **options,
-      )
+    loss_fn = subject.loss_fn
+    if frozen:
+      loss_fn = lora.with_frozen(loss_fn, frozen)
+    if rows is _Rows.RECORDS:
+      microbatch = {
+        name: microbatch[name] for name in microbatch if name != CANARY_KEY
+      }
     else:
-      loss_fn = canary_loss(codes, **options)
+      mechanism = dataclasses.replace(mechanism, engine=config_lib.Engine.VMAP)
+      if rows is _Rows.CANARIES:
+        loss_fn = canary_loss(codes, **options)
+      else:
+        loss_fn = with_canaries(loss_fn, codes, **options)
     grad_sum, _ = step_lib.accumulate(
       grad_sum,
       params,
@@ -589,7 +596,7 @@ class Auditor:
       grad_sum,
       noise_key,
       noise_state,
-      mechanism=self._mechanism,
+      mechanism=subject.mechanism,
       tx=optax.chain(observe, subject.tx),
       learning_rate_fn=subject.learning_rate_fn,
     )
@@ -635,10 +642,12 @@ def _noise_multiplier(mechanism: mechanism_lib.Mechanism) -> float:
   return mechanism.noise_stddev / bound
 
 
-def _has_records(microbatch: Mapping[str, np.ndarray]) -> bool:
-  """Whether some row is neither a canary nor padding."""
-  is_record = microbatch[CANARY_KEY] < 0
-  return bool((is_record & ~microbatch[batching.PADDING_KEY]).any())
+def _rows(microbatch: Mapping[str, np.ndarray]) -> _Rows:
+  """What there is in it; padding counts as canaries, which cost less."""
+  is_canary = microbatch[CANARY_KEY] >= 0
+  if not (~is_canary & ~microbatch[batching.PADDING_KEY]).any():
+    return _Rows.CANARIES
+  return _Rows.BOTH if is_canary.any() else _Rows.RECORDS
 
 
 def _root(seed: int | None, domain: int) -> int:

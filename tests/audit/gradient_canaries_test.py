@@ -16,11 +16,12 @@ import pytest
 
 from ppnet import config as config_lib
 from ppnet.audit import assess, gradient_canaries, run
-from ppnet.core import prng
+from ppnet.core import prng, records
 from ppnet.data import batching, pipeline
 from ppnet.data import examples as examples_lib
 from ppnet.privacy import clipping, noise, sampling
 from ppnet.privacy import mechanism as mechanism_lib
+from ppnet.train import loop
 from ppnet.train import state as state_lib
 from tests import tiny
 from tests.audit import assess_test, memorising
@@ -226,24 +227,62 @@ def test_more_units_are_sampled_as_often(changes):
   assert config.train.expected_batch_size == changes["expected_batch_size"]
 
 
-def test_batches_of_canaries_alone_do_without_the_network(monkeypatch):
+def test_batches_of_one_kind_do_without_the_loss_of_the_other(monkeypatch):
   """And the sum is the same."""
   audited = subject(
     num_canaries=50, expected_batch_size=120, noise=False, num_steps=2
   )
   is_in = np.arange(50) % 2 == 0
+  kinds = gradient_canaries._Rows
   found = {}
   for name in ("apart", "together"):
     if name == "together":
       monkeypatch.setattr(
-        gradient_canaries, "_has_records", lambda microbatch: True
+        gradient_canaries, "_rows", lambda microbatch: kinds.BOTH
       )
     small = dataclasses.replace(audited, microbatch_size=8)
     auditor = gradient_canaries.Auditor(small)
     found[name] = auditor.observe(is_in, seed=3)
-    is_used = auditor._accumulate[False]._cache_size() > 0
-    assert is_used == (name == "apart")
+    for kind in (kinds.RECORDS, kinds.CANARIES):
+      is_used = auditor._accumulate[kind]._cache_size() > 0
+      assert is_used == (name == "apart"), kind
   np.testing.assert_allclose(found["apart"], found["together"], atol=1e-5)
+
+
+def test_records_alone_go_through_the_configured_engine(monkeypatch, tmp_path):
+  """And leave what an observer of every noisy sum sees as it is."""
+  config = tiny.experiment(
+    noise=False, num_steps=2, expected_batch_size=60, microbatch_size=8
+  )
+  config.perf.engine = config_lib.Engine.BOOKKEEPING
+  config.model.audio = None
+  config.model.linear = config_lib.LinearConfig(feature_norm=1.0)
+  config.attention_noise = config_lib.AttentionNoiseConfig()
+  records.write_json(tmp_path / "config.json", {"config": config})
+  opened = loop.open_experiment(config, tmp_path, devices=jax.devices()[:1])
+  audited = gradient_canaries.subject(opened, num_canaries=30)
+  is_in = np.arange(30) % 2 == 0
+  engines = []
+  clipped_grad = clipping.clipped_grad
+
+  def spied(*args, engine, **options):
+    engines.append(engine)
+    return clipped_grad(*args, engine=engine, **options)
+
+  monkeypatch.setattr(clipping, "clipped_grad", spied)
+  apart = gradient_canaries.Auditor(audited).observe(is_in, seed=3)
+  assert set(engines) == {
+    config_lib.Engine.BOOKKEEPING,
+    config_lib.Engine.VMAP,
+  }
+  monkeypatch.setattr(
+    gradient_canaries,
+    "_rows",
+    lambda microbatch: gradient_canaries._Rows.BOTH,
+  )
+  together = gradient_canaries.Auditor(audited).observe(is_in, seed=3)
+  assert np.abs(apart).max() > 0.5
+  np.testing.assert_allclose(apart, together, atol=1e-3)
 
 
 # Item by item: each fault is found, on the claim that does not know of it.
