@@ -464,8 +464,8 @@ def _check_done(
 ) -> None:
   """Raises where a finished cell is not the one that this table asks for.
 
-  A field that only one of the two configurations has says nothing: the program
-  has gone on since.
+  Of a cell that a former version ran, fields that came since count as their
+  defaults (`workdirs.completed`), and fields that are gone say nothing.
   """
   may_differ = _MAY_DIFFER
   if config.table.subject is config_lib.TableSubject.TRAINING:
@@ -473,11 +473,11 @@ def _check_done(
   for cell in cells(config, workdir):
     if not is_done(config, cell):
       continue
-    old = workdirs.flatten(
-      records.read_json(cell.folder / "config.json")["config"]
-    )
-    new = workdirs.flatten(records.to_plain(cell_config(config, workdir, cell)))
-    ignored = old.keys() ^ new.keys()
+    asked = cell_config(config, workdir, cell)
+    found = records.read_json(cell.folder / "config.json")["config"]
+    old = workdirs.flatten(workdirs.completed(found, asked))
+    new = workdirs.flatten(records.to_plain(asked))
+    ignored = old.keys() - new.keys()
     ignored |= {name for name in old if workdirs.is_among(name, may_differ)}
     if differing := workdirs.differences(old, new, ignore=ignored):
       checks.fail(
