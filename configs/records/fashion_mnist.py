@@ -87,5 +87,5 @@ def get_config(epsilon: str = "3") -> config.ExperimentConfig:
       eval_every_steps=_NUM_STEPS,
       checkpoint_every_steps=_NUM_STEPS,
     ),
-    perf=config.PerfConfig(microbatch_size=1024),
+    perf=config.PerfConfig(microbatch_size=512),
   )

@@ -14,7 +14,7 @@ _M_TOP_PAD = -2
 _M_MMAP_MAX = -4
 _M_ARENA_MAX = -8
 _PAD_BYTES = 256 << 20
-_NEVER = 2**31 - 1
+_NEVER = -1  # As malloc.h has it; 2 ** 31 - 1 trims a process of 4 GB.
 
 
 def keep_freed() -> bool:
