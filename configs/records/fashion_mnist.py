@@ -27,7 +27,21 @@ from what clothes look like. All else was chosen by the last 10,000 training
 records of Fashion-MNIST, which is not accounted for. The test split is
 evaluated once, after the last step. RECORDS.md has what came of it.
 
-WORTH
+What each is worth there, in points of accuracy at epsilon 3; one run moves by
+0.1 with its noise:
+
+  as here                                           90.9
+  rate 14                                           90.8
+  floor 0.006                                       90.9
+  damping 0.0004 / 0.0012 / 0.008, floor 0.006      90.6 / 90.8 / 90.8
+  damping 0.0004, first 128, floor 0.004            90.6
+  damping 0.0004, moving average                    90.6 (without: 90.6)
+  damping 0.0004, twice as many steps               90.7
+  damping 0.0004, no noise in the last 144 steps    91.1
+  damping 0.0004, no covariance, 12,000 pictures    90.5
+  no prior, eight directions by three power steps   90.5
+  published settings                                89.9
+  whitened by its own covariance, not private       91.0
 """
 
 import pathlib

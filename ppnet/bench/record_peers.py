@@ -114,8 +114,8 @@ def features(
   The model itself runs, up to its last layer, so that whatever it makes of
   pictures, sounds or tokens is in here. Two things are not: the factor that
   gives each record's features one norm, which is a setting beside rate and clip
-  norm, and what the model measures privately as it is trained (mean and
-  directions), which no other library could.
+  norm, and what the model measures privately as it is trained (mean,
+  covariance and directions), which no other library could.
 
   Args:
     config: the record's.
@@ -129,6 +129,7 @@ def features(
       config.model.linear,
       feature_norm=0.0,
       centre=False,
+      num_leading=0,
       num_directions=0,
       rarity_power=0.0,
     ),
