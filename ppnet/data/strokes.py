@@ -13,7 +13,7 @@ and its centre of mass is the picture's centre.
 
 import numpy as np
 
-from ppnet.core import checks
+from ppnet.data import drawing
 
 _SIDE = 28  # Pixels of the pictures that these lengths are for:
 _BOX = 20.5  # The longer side of the ink.
@@ -70,25 +70,9 @@ def _picture(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
 
 
 def pictures(num: int, *, height: int, width: int, seed: int) -> np.ndarray:
-  """Draws pictures of one or two random strokes each.
-
-  Args:
-    num: N.
-    height: H, in pixels, at least 8.
-    width: W, at least 8.
-    seed: of the whole set.
+  """Draws pictures of one or two random strokes each: see `drawing.pictures`.
 
   Returns:
-    float32 [N, H, W] from 0, nothing, to 1, ink. With a larger N the first
-    pictures stay the same.
-
-  Raises:
-    ValueError: `num` is not positive, or the pictures are too small for a
-      stroke.
+    float32 [N, H, W] from 0, nothing, to 1, ink.
   """
-  checks.positive(num=num)
-  if min(height, width) < 8:
-    checks.fail("strokes on 8 x 8 pixels at least", height=height, width=width)
-  rng = np.random.default_rng(seed)
-  shape = (height, width)
-  return np.stack([_picture(rng, shape) for _ in range(num)]).astype(np.float32)
+  return drawing.pictures(_picture, num, height=height, width=width, seed=seed)

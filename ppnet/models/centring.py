@@ -10,8 +10,6 @@ whose gradient is u_i for the parameter `shift` and 0 for all others: see
 `models.measuring`.
 """
 
-from typing import cast
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -52,14 +50,7 @@ def measure(
   Returns:
     (shift: minus the mean, or zeros before it is measured; u + shift).
   """
-  shift = cast(  # Linen declares the box; apply() unboxes.
-    jax.Array,
-    module.param(
-      PARAMETER,
-      nn.with_logical_partitioning(nn.initializers.zeros, (None,)),
-      u.shape[-1:],
-    ),
-  )
+  shift = measuring.parameter(module, PARAMETER, u.shape[-1:])
   name = "/".join((*module.path, PARAMETER))
   # With the axis of tokens that the engines' rules expect.
   moved = ops.bias(name, shift, u[:, None, :])[:, 0]

@@ -17,8 +17,6 @@ How a step measures is in `models.measuring`; the loss of this one is
     l_i = - scale <x_i V, x_i U>    with x_i U held constant, V the parameter.
 """
 
-from typing import cast
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -97,14 +95,7 @@ class PowerStep(nn.Module):
       last: Y of the step before; None begins with a random U.
     """
     shape = (x.shape[-1], self.num_directions)
-    parameter = cast(  # Linen declares the box; apply() unboxes.
-      jax.Array,
-      self.param(
-        PARAMETER,
-        nn.with_logical_partitioning(nn.initializers.zeros, (None, None)),
-        shape,
-      ),
-    )
+    parameter = measuring.parameter(self, PARAMETER, shape)
     if last is None:
       random = np.random.default_rng(_START_SEED).standard_normal(shape)
       start = jnp.asarray(np.linalg.qr(random)[0], jnp.float32)

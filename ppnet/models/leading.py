@@ -24,7 +24,6 @@ How a step measures is in `models.measuring`; the loss of this one is
 """
 
 from collections.abc import Sequence
-from typing import cast
 
 import flax.linen as nn
 import jax
@@ -59,14 +58,7 @@ class Covariance(nn.Module):
       z: the first features without their mean; with all others they had norm 1.
     """
     shape = (z.shape[-1], z.shape[-1])
-    parameter = cast(  # Linen declares the box; apply() unboxes.
-      jax.Array,
-      self.param(
-        PARAMETER,
-        nn.with_logical_partitioning(nn.initializers.zeros, (None, None)),
-        shape,
-      ),
-    )
+    parameter = measuring.parameter(self, PARAMETER, shape)
     name = "/".join((*self.path, PARAMETER))
     # With the axis of tokens that the engines' rules expect.
     out = self.ops.dense(name, parameter, z[:, None, :])[:, 0]

@@ -15,7 +15,7 @@ leaves a parameter at exactly zero with probability 0.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -38,6 +38,15 @@ def stages(names: Iterable[str]) -> list[str]:
     (name for name in names if name.startswith(_PREFIX)),
     key=lambda name: int(name.removeprefix(_PREFIX)),
   )
+
+
+def parameter(module: nn.Module, name: str, shape: tuple[int, ...]) -> Array:
+  """Declares what a step measures, in the `nn.compact` call of `module`."""
+  zeros = nn.with_logical_partitioning(
+    nn.initializers.zeros, (None,) * len(shape)
+  )
+  # Linen declares the box; apply() unboxes.
+  return cast(jax.Array, module.param(name, zeros, shape))
 
 
 def is_pending(part: Any) -> Bool[Array, ""]:

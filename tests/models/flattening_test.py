@@ -26,6 +26,14 @@ def orthonormal(columns, *, seed=4):
   return np.linalg.qr(random)[0]
 
 
+def filled(values, stages):
+  """Parameters with those of the given stages, each of which has one."""
+  for name, value in stages.items():
+    ((parameter, _),) = values[name].items()
+    values[name] = {parameter: value}
+  return jax.tree.map(lambda x: jnp.array(x, jnp.float32), values)
+
+
 def params_of(**stages):
   """Parameters; a stage that is not given is pending."""
   values = {
@@ -35,17 +43,17 @@ def params_of(**stages):
     _AGAIN: {"shift": np.zeros(_SIZE)},
     "head": {"kernel": np.random.default_rng(2).normal(size=(_SIZE + 1, 3))},
   }
-  for name, value in stages.items():
-    ((parameter, _),) = values[name].items()
-    values[name] = {parameter: value}
-  return jax.tree.map(lambda x: jnp.array(x, jnp.float32), values)
+  return filled(values, stages)
 
 
-def clipped(params, examples, *, engine="bookkeeping", clip=1e6):
+_DIRECTIONS = {"num_directions": 3, "num_power_steps": 2}
+
+
+def clipped(
+  params, examples, *, engine="bookkeeping", clip=1e6, options=_DIRECTIONS
+):
   model = linear.LinearClassifier(
-    config_lib.LinearConfig(
-      feature_norm=_NORM, centre=True, num_directions=3, num_power_steps=2
-    ),
+    config_lib.LinearConfig(feature_norm=_NORM, centre=True, **options),
     vocab_size=8,
     answer_ids=_ANSWERS,
   )
@@ -64,6 +72,20 @@ def only(found, name):
       assert all((np.array(x) == 0).all() for x in jax.tree.leaves(part)), other
   ((value,),) = [jax.tree.leaves(found.grad_sum[name])]
   return np.array(value)
+
+
+def head_sum(params, features, examples):
+  """The sum of the head's gradients where these features are trained on."""
+  features = np.concatenate(
+    [_NORM * features, np.ones((len(features), 1))], axis=1
+  )
+  logits = features @ np.array(params["head"]["kernel"])
+  logits -= logits.max(axis=1, keepdims=True)
+  likely = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+  error = likely - (
+    np.array(examples["targets"])[:, 1][:, None] == np.array(_ANSWERS)
+  )
+  return features.T @ error
 
 
 @pytest.mark.parametrize("engine", ["vmap", "ghost", "bookkeeping"])
@@ -118,17 +140,11 @@ def test_the_last_measuring_sum_is_that_of_flat_features_and_then_none_is():
   )
   params = params_of(**done, **{_AGAIN: -flat.mean(axis=0)})
   found = clipped(params, examples)
-  features = np.concatenate(
-    [_NORM * (flat - flat.mean(axis=0)), np.ones((6, 1))], axis=1
-  )
-  logits = features @ np.array(params["head"]["kernel"])
-  logits -= logits.max(axis=1, keepdims=True)
-  likely = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-  error = likely - (
-    np.array(examples["targets"])[:, 1][:, None] == np.array(_ANSWERS)
-  )
   np.testing.assert_allclose(
-    only(found, "head"), features.T @ error, rtol=1e-3, atol=1e-3
+    only(found, "head"),
+    head_sum(params, flat - flat.mean(axis=0), examples),
+    rtol=1e-3,
+    atol=1e-3,
   )
   # Fails if: what was measured is trained on later.
 
@@ -169,15 +185,16 @@ def test_singular_vectors_and_values():
   assert (flattening.flattened(x, jnp.zeros((9, 4))) == x).all()
 
 
-def experiment(num_steps):
+def experiment(num_steps, **options):
   config = tiny.experiment(
     num_steps=num_steps, expected_batch_size=900, epsilon=None
   )
   config.privacy.noise_multiplier = 0.5
   config.attention_noise = config_lib.AttentionNoiseConfig()
   config.model.audio = None
+  options = options or {"num_directions": 4, "num_power_steps": 4}
   config.model.linear = config_lib.LinearConfig(
-    feature_norm=4.0, centre=True, num_directions=4, num_power_steps=4
+    feature_norm=4.0, centre=True, **options
   )
   config.optimizer = config_lib.OptimizerConfig(
     name=config_lib.OptimizerName.SGD, learning_rate=0.5, beta1=0.9

@@ -10,10 +10,8 @@ import pytest
 from ppnet import config as config_lib
 from ppnet.core import records
 from ppnet.models import centring, leading, linear, measuring
-from ppnet.privacy import clipping
-from ppnet.train import loop, losses
-from tests import tiny
-from tests.models import centring_test
+from ppnet.train import loop
+from tests.models import centring_test, flattening_test
 
 _ANSWERS = (3, 5, 6)
 _NORM = 20.0
@@ -21,6 +19,11 @@ _SIZE = 24
 _FIRST = 5
 _FLOOR = 0.012
 _SCALE = 1.5
+_OPTIONS = {
+  "num_leading": _FIRST,
+  "num_leading_steps": 2,
+  "leading_floor": _FLOOR,
+}
 _CENTRE, _ONE, _TWO, _AGAIN = (measuring.stage(n) for n in range(4))
 
 
@@ -33,39 +36,11 @@ def params_of(**stages):
     _AGAIN: {"shift": np.zeros(_SIZE)},
     "head": {"kernel": np.random.default_rng(2).normal(size=(_SIZE + 1, 3))},
   }
-  for name, value in stages.items():
-    ((parameter, _),) = values[name].items()
-    values[name] = {parameter: value}
-  return jax.tree.map(lambda x: jnp.array(x, jnp.float32), values)
+  return flattening_test.filled(values, stages)
 
 
-def clipped(params, examples, *, engine="bookkeeping", clip=1e6):
-  model = linear.LinearClassifier(
-    config_lib.LinearConfig(
-      feature_norm=_NORM,
-      centre=True,
-      num_leading=_FIRST,
-      num_leading_steps=2,
-      leading_floor=_FLOOR,
-    ),
-    vocab_size=8,
-    answer_ids=_ANSWERS,
-  )
-  return clipping.clipped_grad(
-    losses.make_loss_fn(model, config_lib.AttentionNoiseConfig()),
-    l2_clip_norm=clip,
-    engine=engine,
-    has_aux=True,
-  )(params, examples)
-
-
-def only(found, name):
-  """The sum of one stage; no other part has any."""
-  for other, part in found.grad_sum.items():
-    if other != name:
-      assert all((np.array(x) == 0).all() for x in jax.tree.leaves(part)), other
-  ((value,),) = [jax.tree.leaves(found.grad_sum[name])]
-  return np.array(value)
+def clipped(params, examples, **options):
+  return flattening_test.clipped(params, examples, options=_OPTIONS, **options)
 
 
 @pytest.mark.parametrize("engine", ["vmap", "ghost", "bookkeeping"])
@@ -79,7 +54,7 @@ def test_a_sum_is_that_of_products_of_the_first_features(engine, name):
   z = (units - units.mean(axis=0))[:, :_FIRST]
   found = clipped(params_of(**done), examples, engine=engine)
   np.testing.assert_allclose(
-    only(found, name), -_SCALE * z.T @ z, rtol=1e-3, atol=1e-5
+    flattening_test.only(found, name), -_SCALE * z.T @ z, rtol=1e-3, atol=1e-5
   )
   np.testing.assert_allclose(
     found.grad_norms, _SCALE * np.square(z).sum(axis=1), rtol=1e-4
@@ -90,7 +65,7 @@ def test_a_sum_is_that_of_products_of_the_first_features(engine, name):
   lengths = _SCALE * np.square(z).sum(axis=1)
   weights = np.minimum(1, longest / 3 / lengths)
   np.testing.assert_allclose(
-    only(found, name),
+    flattening_test.only(found, name),
     -_SCALE * (z * weights[:, None]).T @ z,
     rtol=1e-3,
     atol=1e-5,
@@ -119,21 +94,12 @@ def test_what_follows_is_trained_on_features_without_large_variances():
   flat /= np.linalg.norm(flat, axis=1, keepdims=True)
   found = clipped(params_of(**done), examples)
   np.testing.assert_allclose(
-    only(found, _AGAIN), flat.sum(axis=0), rtol=1e-3, atol=1e-5
+    flattening_test.only(found, _AGAIN), flat.sum(axis=0), rtol=1e-3, atol=1e-5
   )
   params = params_of(**done, **{_AGAIN: -flat.mean(axis=0)})
-  features = np.concatenate(
-    [_NORM * (flat - flat.mean(axis=0)), np.ones((6, 1))], axis=1
-  )
-  logits = features @ np.array(params["head"]["kernel"])
-  logits -= logits.max(axis=1, keepdims=True)
-  likely = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-  error = likely - (
-    np.array(examples["targets"])[:, 1][:, None] == np.array(_ANSWERS)
-  )
   np.testing.assert_allclose(
-    only(clipped(params, examples), "head"),
-    features.T @ error,
+    flattening_test.only(clipped(params, examples), "head"),
+    flattening_test.head_sum(params, flat - flat.mean(axis=0), examples),
     rtol=1e-3,
     atol=1e-3,
   )
@@ -164,23 +130,9 @@ def test_what_is_not_measured_or_is_noise_changes_nothing(sign):
 
 
 def experiment(num_steps):
-  config = tiny.experiment(
-    num_steps=num_steps, expected_batch_size=900, epsilon=None
+  return flattening_test.experiment(
+    num_steps, num_leading=8, num_leading_steps=3, leading_floor=0.01
   )
-  config.privacy.noise_multiplier = 0.5
-  config.attention_noise = config_lib.AttentionNoiseConfig()
-  config.model.audio = None
-  config.model.linear = config_lib.LinearConfig(
-    feature_norm=4.0,
-    centre=True,
-    num_leading=8,
-    num_leading_steps=3,
-    leading_floor=0.01,
-  )
-  config.optimizer = config_lib.OptimizerConfig(
-    name=config_lib.OptimizerName.SGD, learning_rate=0.5, beta1=0.9
-  )
-  return config
 
 
 def test_a_run_measures_the_covariance_by_steps_that_are_charged(tmp_path):
