@@ -44,6 +44,8 @@ def run(
 ) -> dict[str, Any]:
   """Trains by each recipe with `bench.rounds` seeds; writes `bench.json`.
 
+  It is written after each recipe; interrupted, the same command goes on.
+
   Args:
     config: a record's; `bench.cases` names libraries, "default" is all.
     workdir: its folder; data are prepared below it, or in `data.prepared_dir`.
@@ -80,30 +82,48 @@ def run(
       *of_record(config, library, num_examples=len(data.train_labels)),
     )
   ]
-  rows = []
+  record = {
+    "subject": config.bench.subject,
+    "machine": measure.machine(packages=("torch", "opacus", "jax-privacy")),
+    "rounds": config.bench.rounds,
+    "is_complete": False,
+    "name": config.name,
+    "epsilon": config.privacy.epsilon,
+    "delta": config.privacy.delta,
+    "num_train": len(data.train_labels),
+    "num_test": len(data.test_labels),
+    "num_features": data.train_features.shape[1],
+    "num_classes": data.num_classes,
+    "rows": [],
+  }
+  finished = _finished(workdir / _RECORD)
   with tqdm.tqdm(total=len(chosen) * config.bench.rounds, file=log) as bar:
     for recipe in chosen:
       bar.set_postfix_str(f"{recipe.library.value}, {recipe.name}")
-      rows.append(_row(recipe, data, config, on_run=bar.update))
-  _mark_best(rows, num_classes=data.num_classes)
-  record = records.to_plain(
-    {
-      "subject": config.bench.subject,
-      "machine": measure.machine(packages=("torch", "opacus", "jax-privacy")),
-      "rounds": config.bench.rounds,
-      "is_complete": True,
-      "name": config.name,
-      "epsilon": config.privacy.epsilon,
-      "delta": config.privacy.delta,
-      "num_train": len(data.train_labels),
-      "num_test": len(data.test_labels),
-      "num_features": data.train_features.shape[1],
-      "num_classes": data.num_classes,
-      "rows": rows,
-    }
-  )
+      row = next((r for r in finished if _is_of(r, recipe)), None)
+      if row is None:
+        row = _row(recipe, data, config, on_run=bar.update)
+      else:
+        bar.update(len(row["scores"]))
+      record["rows"].append(row)
+      records.write_json(workdir / _RECORD, record)
+  _mark_best(record["rows"], num_classes=data.num_classes)
+  record["is_complete"] = True
   records.write_json(workdir / _RECORD, record)
-  return record
+  return records.to_plain(record)
+
+
+def _finished(file: pathlib.Path) -> list[dict[str, Any]]:
+  """Rows of a run of this very configuration that was interrupted."""
+  if not file.exists():
+    return []
+  record = records.read_json(file)
+  return [] if record["is_complete"] else record["rows"]
+
+
+def _is_of(row: Mapping[str, Any], recipe: recipes.Recipe) -> bool:
+  """Whether a row on disk has the scores of this recipe."""
+  return bool(row["scores"]) and row["recipe"] == records.to_plain(recipe)
 
 
 def features(

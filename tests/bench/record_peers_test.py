@@ -48,12 +48,13 @@ def _config(**linear_options):
 
 
 def _recipe(library, **changes):
-  return recipes.Recipe(
-    name="a recipe",
-    library=library,
-    source="here",
-    **{"learning_rate": 1.0, "batch_size": 8, "num_epochs": 1.0} | changes,
-  )
+  options = {
+    "name": "a recipe",
+    "learning_rate": 1.0,
+    "batch_size": 8,
+    "num_epochs": 1.0,
+  }
+  return recipes.Recipe(library=library, source="here", **options | changes)
 
 
 def _data(*, scale, num_features=40, num_classes=10):
@@ -301,6 +302,40 @@ def test_a_benchmark_trains_by_every_recipe_and_writes_its_table(
   assert "SGD 0.5, momentum 0.9" in shown
   assert "AUC" not in shown
   assert shown.count("no_such_package") == 1
+
+
+def test_an_interrupted_benchmark_goes_on_where_it_was(
+  prepared, tmp_path, monkeypatch
+):
+  stock = [
+    _recipe(recipes.Library.JAX_PRIVACY, name=name, num_epochs=1)
+    for name in ("one", "two")
+  ]
+  monkeypatch.setattr(recipes, "STOCK", tuple(stock))
+  config = _config()
+  config.data.prepared_dir = str(prepared)
+  config.bench.cases, config.bench.rounds = "JAX-Privacy", 1
+  train, begun = recipes.train, []
+
+  def killed(recipe, *args, **options):
+    begun.append(recipe.name)
+    if begun == ["one", "two"]:
+      raise KeyboardInterrupt
+    return train(recipe, *args, **options)
+
+  monkeypatch.setattr(recipes, "train", killed)
+  with pytest.raises(KeyboardInterrupt):
+    main.run_job(config, tmp_path)
+  before = records.read_json(tmp_path / "bench.json")
+  assert not before["is_complete"]
+  main.run_job(config, tmp_path)
+  after = records.read_json(tmp_path / "bench.json")
+  assert begun == ["one", "two", "two", record_peers.OWN]
+  assert after["is_complete"]
+  assert after["rows"][0]["scores"] == before["rows"][0]["scores"]
+  assert sum(row["is_best"] for row in after["rows"]) == 1
+  assert record_peers._finished(tmp_path / "bench.json") == []
+  # Fails if: what was finished is trained again, or counts in a later run.
 
 
 def test_a_table_of_two_classes_has_auc_and_one_seed_no_interval():
