@@ -308,7 +308,7 @@ def test_an_interrupted_benchmark_goes_on_where_it_was(
   prepared, tmp_path, monkeypatch
 ):
   stock = [
-    _recipe(recipes.Library.JAX_PRIVACY, name=name, num_epochs=1)
+    _recipe(recipes.Library.JAX_PRIVACY, name=name, batch_size=2000)
     for name in ("one", "two")
   ]
   monkeypatch.setattr(recipes, "STOCK", tuple(stock))
