@@ -42,6 +42,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import tqdm
 from jaxtyping import Array, Float, Int
 
 from ppnet import config as config_lib
@@ -471,7 +472,14 @@ class Auditor:
     noise_state = mechanism.privatizer().init(state.params)
     noise_key = prng.root(_root(seed, _NOISE))
     projections, sizes = [], []
-    for data in self._steps(is_in, seed=seed):
+    steps = tqdm.tqdm(
+      self._steps(is_in, seed=seed),
+      total=mechanism.num_steps,
+      desc=f"{subject.num_canaries:,} planted gradients",
+      unit="step",
+      delay=1,
+    )
+    for data in steps:
       grad_sum = step_lib.init_grad_sum(state.params)
       for microbatch in data["microbatches"]:
         grad_sum = self._accumulate[_rows(microbatch)](
