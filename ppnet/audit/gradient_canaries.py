@@ -618,11 +618,14 @@ def scores_of(
   The sum over steps of <noisy sum, u_j>, or, where there is noise, the
   logarithm of the likelihood ratio
 
-      sum_t log(1 - q + q exp((x_t - 1/2) / sigma^2)),
+      sum_t log(1 - q + q exp((x_t - 1/2) / sigma_t^2)),
 
   of which no test is more powerful (Neyman and Pearson) where nothing but the
-  canary and the noise moves x_t. It knows what an attacker may know, q and
-  sigma; where it is wrong about them the audit loses power, never validity.
+  canary and noise of deviation sigma_t moves x_t. Records move it as well:
+  where their sum is large, as in the first steps, that is what the canaries'
+  x_t spread by. So sigma_t is that spread, or sigma where it is larger. It
+  knows what an attacker may know; where it is wrong the audit loses power,
+  never validity.
 
   Args:
     seen: x, float64 [T, m]: 1 for a clipped gradient.
@@ -631,7 +634,8 @@ def scores_of(
   """
   if noise_multiplier == 0:
     return seen.sum(axis=0), "sum"
-  exponent = (seen - 0.5) / noise_multiplier**2
+  spread = np.maximum(seen.std(axis=1, keepdims=True), noise_multiplier)
+  exponent = (seen - 0.5) / spread**2
   ratios = np.logaddexp(
     np.log1p(-sampling_prob) if sampling_prob < 1 else -np.inf,
     np.log(sampling_prob) + exponent,

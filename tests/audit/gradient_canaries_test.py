@@ -206,6 +206,26 @@ def test_the_score_is_the_logarithm_of_the_likelihood_ratio():
   assert name == "sum"
 
 
+def test_steps_in_which_records_move_much_count_for_less():
+  rng = np.random.default_rng(0)
+  is_in = np.arange(400) % 2 == 0
+  drawn = (rng.random((60, 400)) < 0.25) & is_in
+  seen = drawn + 0.8 * rng.normal(size=drawn.shape)
+  options = {"sampling_prob": 0.25, "noise_multiplier": 0.8}
+
+  def right(scores):
+    """Share of pairs, one in and one out, that a score puts in order."""
+    return np.mean(scores[is_in][:, None] > scores[~is_in][None])
+
+  alone, _ = gradient_canaries.scores_of(seen, **options)
+  seen[:4] += 10 * rng.normal(size=(4, 400))
+  both, _ = gradient_canaries.scores_of(seen, **options)
+  assert right(alone) > 0.95
+  assert right(both) > right(alone) - 0.03
+  # Fails if: those four steps decide, which they do where sigma stays; then
+  # about 0.6 of the pairs are right.
+
+
 @pytest.mark.parametrize(
   "changes",
   [
