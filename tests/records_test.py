@@ -1,11 +1,13 @@
 """What the arguments of `configs/records/` stand for."""
 
+import dataclasses
 import pathlib
 import runpy
 
 import pytest
 
 from ppnet import config as config_lib
+from ppnet.data import whitening
 
 _RECORDS = pathlib.Path(__file__).parents[1] / "configs" / "records"
 
@@ -60,3 +62,30 @@ def test_shakespeare_s_argument_is_epsilon_and_batch(
   # The claim's unit is one whole window, and so is a row.
   assert config.model.decoder.max_seq_len == config.data.window_bytes
   # Fails if: "none" trains privately, or a batch size changes nothing.
+
+
+def test_fashion_mnist_with_mnist_s_settings_differs_from_mnist_in_its_prior():
+  own, shared, mnist = (
+    runpy.run_path(str(_RECORDS / f"{name}.py"))["get_config"](argument)
+    for name, argument in (
+      ("fashion_mnist", "3"),
+      ("fashion_mnist", "3,mnist"),
+      ("mnist", "3"),
+    )
+  )
+  for part in ("model", "privacy", "optimizer", "train"):
+    assert getattr(shared, part) == getattr(mnist, part)
+  garments, strokes = (
+    each.data.image_transforms[-1] for each in (shared, mnist)
+  )
+  prior = whitening.Prior.STROKES
+  assert dataclasses.replace(garments, prior=prior) == strokes
+  assert garments.prior is whitening.Prior.GARMENTS
+  assert shared.model != own.model
+  # Fails if: what was chosen on Fashion-MNIST has a part in that row.
+
+
+def test_fashion_mnist_refuses_other_settings_by_name():
+  path = str(_RECORDS / "fashion_mnist.py")
+  with pytest.raises(ValueError, match="argument='3,cifar'"):
+    runpy.run_path(path)["get_config"]("3,cifar")

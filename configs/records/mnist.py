@@ -39,26 +39,17 @@ _SAME = pathlib.Path(__file__).with_name("fashion_mnist.py")
 
 def get_config(epsilon: str = "3") -> config.ExperimentConfig:
   """The record's run at `epsilon`."""
-  experiment = runpy.run_path(str(_SAME))["get_config"](epsilon)
+  argument = f"{epsilon},mnist"
+  experiment = runpy.run_path(str(_SAME))["get_config"](argument)
   decode, whitened = experiment.data.image_transforms
-  data = dataclasses.replace(
-    experiment.data,
-    path="/data/mnist",
-    class_names=tuple(str(digit) for digit in range(10)),
-    image_transforms=(
-      decode,
-      whitening.Whitened(
-        features=whitened.features, num_groups=whitened.num_groups
-      ),
-    ),
-  )
+  strokes = dataclasses.replace(whitened, prior=whitening.Prior.STROKES)
   return dataclasses.replace(
     experiment,
     name=f"mnist-epsilon_{epsilon}",
-    data=data,
-    model=dataclasses.replace(
-      experiment.model,
-      linear=dataclasses.replace(experiment.model.linear, num_leading=0),
+    data=dataclasses.replace(
+      experiment.data,
+      path="/data/mnist",
+      class_names=tuple(str(digit) for digit in range(10)),
+      image_transforms=(decode, strokes),
     ),
-    optimizer=dataclasses.replace(experiment.optimizer, learning_rate=12.0),
   )
