@@ -14,13 +14,11 @@ import numpy as np
 from ppnet import config as config_lib
 from ppnet.core import records
 from ppnet.privacy import selection
-from ppnet.report import tables
+from ppnet.report import repeats, tables
 
 FAILED = "failed.json"  # In a run's folder, until it is started again.
 _COLUMNS = (
-  "accuracy",
-  "f1",
-  "auc_roc",
+  *repeats.SCORES,
   "epsilon",
   "delta",
   "noise_multiplier",
@@ -47,6 +45,7 @@ _WORDS = {
     " release of its own, which a single run's ε does not cover:"
   ),
 }
+_MEANS = "Means over seeds, with half of Student's 95 % interval:"
 _METHOD = (
   "Papernot and Steinke 2022 (https://arxiv.org/abs/2110.03620), Theorems 6 and"
   " 2"
@@ -173,32 +172,50 @@ def write(
 ) -> str:
   """Writes `sweep.json`, `sweep.md` and, of finished runs, `sweep.csv`.
 
+  Where a field of numbers was swept, `figures/sweep` shows the scores over it.
+
   Returns:
-    Counts, table, and the sentence on choosing.
+    Counts, table, means over seeds, and the sentence on choosing.
   """
   found = rows(runs)
   fields = [override.split("=")[0] for override in next(iter(runs))]
-  columns = [*fields, *(name for name in _COLUMNS if name not in fields)]
+  # A run has the scores of its task: of classes, or of words.
+  columns = [*fields] + [
+    name
+    for name in _COLUMNS
+    if name not in fields
+    and (name not in repeats.SCORES or any(name in row for row in found))
+  ]
   counts = {
     name: sum(row["state"] == name for row in found)
     for name in ("finished", "failed", "begun", "waiting")
   }
   choosing = cost(list(runs.values()), num_runs=len(runs), tuning=tuning)
   counted = ", ".join(f"{count} {name}" for name, count in counts.items())
-  table = tables.sweep_table(found, ["state", "steps", *columns])
-  parts = [f"{counted}, of {len(runs)} runs.", table, choosing["sentence"]]
+  means = repeats.means(found, fields)
+  figure = repeats.write(means, fields, workdir)
+  shown = [tables.sweep_table(found, ["state", "steps", *columns])]
+  if averaged := repeats.table(means, fields):
+    shown.append(f"{_MEANS}\n\n{averaged}")
+  counted = f"{counted}, of {len(runs)} runs."
   records.write_json(
     workdir / "sweep.json",
-    {"counts": counts, "runs": found, "choosing": choosing},
+    {"counts": counts, "runs": found, "means": means, "choosing": choosing},
   )
   markdown = "\n\n".join(
-    [f"# {workdir.name}", parts[0], f"```\n{table}\n```", parts[2]]
+    [
+      f"# {workdir.name}",
+      counted,
+      *(f"```\n{text}\n```" for text in shown),
+      *([f"![scores](figures/{figure.name})"] if figure else []),
+      choosing["sentence"],
+    ]
   )
   records.write_bytes(workdir / "sweep.md", f"{markdown}\n".encode())
   finished = [row for row in found if row["state"] == "finished"]
   if finished:
     tables.write_csv(workdir / "sweep.csv", finished, columns=columns)
-  return "\n\n".join(parts)
+  return "\n\n".join([counted, *shown, choosing["sentence"]])
 
 
 def _why_not(ledgers: Sequence[Mapping[str, Any]]) -> str | None:

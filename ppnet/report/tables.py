@@ -50,7 +50,7 @@ _LABELS = {
 # A run has those of its task: of classes, or of words.
 _CLASS_SCORES = ("accuracy", "f1", "auc_roc")
 _WORD_SCORES = ("bits_per_byte", "perplexity")
-_NONPRIVATE_NOTE = (
+NONPRIVATE_NOTE = (
   "† Computed exactly from private data; not covered by the guarantee."
 )
 
@@ -111,6 +111,11 @@ def format_delta(delta: float) -> str:
 def format_relation(relation: object) -> str:
   """ADD_OR_REMOVE_ONE → "add or remove one"; "" if there is none."""
   return str(relation or "").replace("_", " ").lower()
+
+
+def label(name: str) -> str:
+  """What a person calls a field of `summary.json`."""
+  return _LABELS.get(name, name)
 
 
 def format_value(name: str, value: object) -> str:
@@ -184,7 +189,7 @@ def summary_table(summary: Mapping[str, object]) -> str:
   width = max(len(label) for label, _ in pairs)
   lines += [f"{label:<{width}}  {text}" for label, text in pairs]
   if any("†" in label for label, _ in pairs):
-    lines.append(_NONPRIVATE_NOTE)
+    lines.append(NONPRIVATE_NOTE)
   if seeded:
     lines += textwrap.wrap(SEEDED_NOTE, _WIDTH, subsequent_indent="  ")
   if summary.get("guarantee"):
@@ -217,7 +222,7 @@ def sweep_table(
   """
   if not columns:
     checks.fail("one column or more", columns=list(columns))
-  headers = [_LABELS.get(name, name) for name in columns]
+  headers = [label(name) for name in columns]
   cells = [[_cell(row, name) for name in columns] for row in rows]
   widths = [
     max(len(line[index]) for line in [headers, *cells])
@@ -240,6 +245,8 @@ def sweep_table(
 
   lines = [join(headers), join(["-" * width for width in widths])]
   lines += [join(line) for line in cells]
+  if any("†" in header for header in headers):
+    lines.append(NONPRIVATE_NOTE)
   if "epsilon" in columns and any(row.get("seeded") for row in rows):
     lines += textwrap.wrap(SEEDED_NOTE, _WIDTH, subsequent_indent="  ")
   return "\n".join(lines)

@@ -121,6 +121,13 @@ def test_sweep_table_of_no_runs_is_a_header():
     tables.sweep_table([{"seed": 1}], [])
 
 
+def test_sweep_table_says_what_no_guarantee_covers():
+  rows = [{"seed": 1, "leakage": 0.25}]
+  last = tables.sweep_table(rows, ["seed", "leakage"]).splitlines()[-1]
+  assert last.startswith("†")
+  assert "†" not in tables.sweep_table(rows, ["seed"])
+
+
 def test_sweep_table_leaves_seeds_whole():
   assert "12345" in tables.sweep_table([{"seed": 12345}], ["seed"])
 
