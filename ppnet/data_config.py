@@ -91,6 +91,7 @@ class AudioConfig:
     hop_secs: distance between frames.
     num_mels: mel bands between `min_hz` and `max_hz`.
     num_mfcc: cepstral coefficients kept when `feature` is MFCC.
+    first_mfcc: of these, from 0; 1 leaves a frame's level out.
     min_hz: lower edge of the first band.
     max_hz: upper edge of the last band.
     feature: LOG_MEL or MFCC.
@@ -102,6 +103,7 @@ class AudioConfig:
   hop_secs: float = 0.016
   num_mels: int = 40
   num_mfcc: int = 20
+  first_mfcc: int = 0
   min_hz: float = 300.0
   max_hz: float = 4000.0
   feature: AudioFeature = AudioFeature.LOG_MEL
@@ -460,9 +462,11 @@ def _validate_audio(audio: AudioConfig) -> None:
       max_secs=audio.max_secs,
       window_secs=audio.window_secs,
     )
-  if audio.num_mfcc > audio.num_mels:
+  checks.non_negative(**{"data.audio.first_mfcc": audio.first_mfcc})
+  if audio.first_mfcc + audio.num_mfcc > audio.num_mels:
     checks.fail(
-      "data.audio.num_mfcc <= data.audio.num_mels",
+      "data.audio.first_mfcc + data.audio.num_mfcc <= data.audio.num_mels",
+      first_mfcc=audio.first_mfcc,
       num_mfcc=audio.num_mfcc,
       num_mels=audio.num_mels,
     )

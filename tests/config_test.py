@@ -50,6 +50,8 @@ def test_defaults_of_the_tests_are_valid():
     ("data.vocab_size", 97, "model.decoder.vocab_size >= data.vocab_size"),
     ("data.audio.max_hz", 5000.0, "sample_rate_hz / 2"),
     ("data.audio.num_mfcc", 41, "num_mfcc <= data.audio.num_mels"),
+    ("data.audio.first_mfcc", 21, "num_mfcc <= data.audio.num_mels"),
+    ("data.audio.first_mfcc", -1, "first_mfcc >= 0"),
     ("data.audio.max_secs", 0.01, "at least one window"),
     ("model.decoder.num_kv_heads", 4, "a multiple of num_kv_heads"),
     ("model.decoder.head_dim", 5, "even"),

@@ -46,6 +46,18 @@ def test_a_record_spends_its_epsilon_and_sees_the_test_split_once(
   # watched by the test split.
 
 
+def test_a_speaker_is_a_unit_and_all_of_them_are_in_the_one_step():
+  path = str(_RECORDS / "spoken_digits.py")
+  config = runpy.run_path(path)["get_config"]("3,speaker")
+  config_lib.validate(config)
+  assert config.privacy.unit is config_lib.PrivacyUnit.USER
+  assert config.privacy.max_records_per_user == 450  # Of each: 45 of a digit.
+  assert config.train.expected_batch_size == 6
+  assert config.train.num_steps == config.train.eval_every_steps == 1
+  assert not config.model.linear.centre  # That would be a step of its own.
+  # Fails if: a recording is protected in place of a speaker.
+
+
 @pytest.mark.parametrize(
   ("argument", "epsilon", "batch_size"),
   [("3", 3.0, 512), ("8,64", 8.0, 64), ("none", None, 512)],

@@ -562,7 +562,7 @@ class LogMel(grain.transforms.Map):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mfcc(grain.transforms.Map):
-  """Log-mel [A, num_mels] -> the first `num_mfcc` cepstral coefficients.
+  """Log-mel [A, num_mels] -> `num_mfcc` cepstral coefficients.
 
   The orthonormal DCT-II over the bands (Davis and Mermelstein 1980, equation 1,
   https://doi.org/10.1109/TASSP.1980.1163420), without liftering; float32, in
@@ -570,9 +570,11 @@ class Mfcc(grain.transforms.Map):
 
   Attributes:
     num_mfcc: coefficients kept; at most the number of bands.
+    first: the lowest of them; from 1 on, a frame's level has no part.
   """
 
   num_mfcc: int
+  first: int = 0
 
   kind: ClassVar[str] = "feature extraction"
 
@@ -582,15 +584,18 @@ class Mfcc(grain.transforms.Map):
   @property
   def label(self) -> str:
     """Words for a table."""
-    return f"MFCC, {self.num_mfcc} coefficients"
+    beginning = f" from {self.first}" if self.first else ""
+    return f"MFCC, {self.num_mfcc} coefficients{beginning}"
 
   def map(self, element: Mapping[str, Any]) -> dict[str, Any]:
     """Replaces the log-mel frames `element["audio"]`."""
     log_mel = element["audio"].astype(np.float64)
-    if self.num_mfcc > log_mel.shape[-1]:
-      checks.at_most(log_mel.shape[-1], num_mfcc=self.num_mfcc)
+    end = self.first + self.num_mfcc
+    if end > log_mel.shape[-1]:
+      checks.at_most(log_mel.shape[-1] - self.first, num_mfcc=self.num_mfcc)
     cepstrum = scipy.fft.dct(log_mel, type=2, norm="ortho", axis=-1)
-    return {**element, "audio": cepstrum[:, : self.num_mfcc].astype(np.float32)}
+    kept = cepstrum[:, self.first : end]
+    return {**element, "audio": kept.astype(np.float32)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -642,9 +647,11 @@ def transforms(
   )
   if config.feature is config_lib.AudioFeature.MFCC:
     checks.at_most(
-      config.num_mels, "There is one per band.", num_mfcc=config.num_mfcc
+      config.num_mels - config.first_mfcc,
+      "There is one per band.",
+      num_mfcc=config.num_mfcc,
     )
-    chain += (Mfcc(num_mfcc=config.num_mfcc),)
+    chain += (Mfcc(num_mfcc=config.num_mfcc, first=config.first_mfcc),)
   return (*chain, ZScoreClip())
 
 

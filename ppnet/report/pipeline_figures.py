@@ -480,19 +480,21 @@ def _draw_mfcc(
   framing: _Framing,
   log_mel: audio.LogMel,
 ) -> None:
-  """Cepstral coefficients without the first, which is the loudness."""
+  """Cepstral coefficients without number 0, which is the loudness."""
   mfcc = framing.mfcc
   if mfcc is None:
     mfcc = audio.Mfcc(num_mfcc=min(13, log_mel.num_mels))
   element = log_mel.map({"id": "", "audio": waveform})
   frames = mfcc.map(element)["audio"]
   unit = "dB" if log_mel.decibels else "nats"
+  # A loudness alone is better than nothing.
+  shown_from = 1 if mfcc.first == 0 and frames.shape[1] > 1 else mfcc.first
   _draw_frames(
     ax,
-    frames[:, 1:] if frames.shape[1] > 1 else frames,
+    frames[:, shown_from - mfcc.first :],
     framing,
-    bottom=0.5 if frames.shape[1] > 1 else -0.5,
-    top=frames.shape[1] - 0.5,
+    bottom=shown_from - 0.5,
+    top=mfcc.first + frames.shape[1] - 0.5,
     colour_label=f"coefficient ({unit})",
     cmap=_DIVERGING,
   )

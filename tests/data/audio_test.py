@@ -159,6 +159,23 @@ def test_mfcc_matches_double_loop():
       )
   result = audio.Mfcc(num_mfcc=4).map({"audio": log_mel})["audio"]
   np.testing.assert_allclose(result, expected, rtol=1e-6)  # float32.
+  later = audio.Mfcc(num_mfcc=2, first=1).map({"audio": log_mel})["audio"]
+  np.testing.assert_allclose(later, expected[:, 1:3], rtol=1e-6)
+
+
+def test_mfcc_from_the_second_on_know_no_level():
+  log_mel = np.random.default_rng(4).normal(size=(5, 8))
+  level = np.arange(5)[:, None]  # Each frame by another factor louder.
+  quiet, loud = (
+    [
+      audio.Mfcc(num_mfcc=3, first=first).map({"audio": frames})["audio"]
+      for frames in (log_mel, log_mel + level)
+    ]
+    for first in (0, 1)
+  )
+  assert not np.allclose(*quiet, atol=0.1)
+  np.testing.assert_allclose(*loud, atol=1e-6)
+  # Fails if: the coefficient that is left out is another one.
 
 
 def test_features_are_normalised_per_clip_and_ignore_loudness():
@@ -350,6 +367,14 @@ def test_impossible_tone_is_refused(digit, options, message):
     (
       {"num_mfcc": 41, "feature": config_lib.AudioFeature.MFCC},
       "num_mfcc <= 40",
+    ),
+    (
+      {
+        "num_mfcc": 40,
+        "first_mfcc": 1,
+        "feature": config_lib.AudioFeature.MFCC,
+      },
+      "num_mfcc <= 39",
     ),
   ],
 )
