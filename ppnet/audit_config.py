@@ -14,7 +14,8 @@ class AuditConfig:
 
   Attributes:
     num_models: shadow models, an even number: each record is trained on by
-      exactly one of every two.
+      exactly one of every two. 0 trains none: then planted gradients alone are
+      looked for, no model is attacked, and the bounds on epsilon are fewer.
     models_at_once: how many of them are one program, an even number; the rest
       follow. Bounds the memory, and where a killed audit goes on.
     num_records: training records that the shadow models are drawn from; None
@@ -43,11 +44,11 @@ class AuditConfig:
 
 def validate(config: AuditConfig) -> None:
   """Raises ValueError, naming the field, its value and what to do."""
-  for name in ("num_models", "models_at_once"):
+  for name, least in (("num_models", 0), ("models_at_once", 2)):
     value = getattr(config, name)
-    if value < 2 or value % 2:
+    if value < least or value % 2:
       checks.fail(
-        f"audit.{name} to be even and at least 2",
+        f"audit.{name} to be even and at least {least}",
         "Models come in pairs: what one is trained on, the other is not.",
         **{f"audit.{name}": value},
       )
@@ -59,6 +60,19 @@ def validate(config: AuditConfig) -> None:
         f"audit.{name} not to be negative",
         **{f"audit.{name}": getattr(config, name)},
       )
+  if config.num_models == 0:
+    # What needs models would be left out without a word.
+    checks.positive(
+      "Without shadow models there is nothing else to audit.",
+      **{"audit.num_gradient_canaries": config.num_gradient_canaries},
+    )
+    for name in ("num_canaries", "robustness"):
+      if getattr(config, name):
+        checks.fail(
+          f"audit.num_models > 0 with audit.{name}",
+          "Shadow models are what that is measured on.",
+          **{"audit.num_models": 0, f"audit.{name}": getattr(config, name)},
+        )
   if not 0.5 <= config.confidence < 1:
     checks.fail(
       "audit.confidence in [0.5, 1)",

@@ -453,6 +453,11 @@ def validate(config: ExperimentConfig) -> None:
   _validate_account(config.account)
   audit_config.validate(config.audit)
   table_config.validate(config.table)
+  if config.job is Job.TABLE:
+    checks.positive(
+      "A cell's shadow models are its repeated runs.",
+      **{"audit.num_models": config.audit.num_models},
+    )
   _validate_units(config)
   data_config.validate(
     config.data, max_seq_len=config.model.decoder.max_seq_len

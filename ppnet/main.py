@@ -190,8 +190,8 @@ def audit_models(
 ) -> None:
   """Attacks the finished run, or models trained as configured.
 
-  Writes `audit.json`, `audit.md` and the figure, and adds the numbers to
-  `summary.json`; in a folder without a run, that holds nothing else.
+  Writes `audit.json`, `audit.md` and, of attacks, the figure, and adds the
+  numbers to `summary.json`; in a folder without a run, that holds nothing else.
 
   Raises:
     RuntimeError: a lower bound on epsilon is above what is claimed; the records
@@ -202,7 +202,9 @@ def audit_models(
   summary = records.read_json(path) if path.exists() else {"name": config.name}
   records.write_json(path, summary | assess.headline(found))
   print(audit_report.write(workdir))
-  print(f"\nrecords: {workdir}\nfigure:  {workdir / 'figures' / 'roc.png'}")
+  print(f"\nrecords: {workdir}")
+  if found["membership"] is not None:
+    print(f"figure:  {workdir / 'figures' / 'roc.png'}")
   problem = audit.contradiction(found)
   if problem is not None:
     raise RuntimeError(problem)

@@ -456,10 +456,18 @@ def headline(record: Mapping[str, Any]) -> dict[str, float | None]:
   would be without any.
 
   Args:
-    record: as in `audit.json`: "membership" from `attacks`, "bounds" from
-      `bound`, and "utility", a row per shadow model.
+    record: as in `audit.json`: "membership" from `attacks`, or None where no
+      model was attacked; "bounds" from `bound`; and "utility", a row per shadow
+      model.
   """
+  highest = {
+    "epsilon_lower_bound": max(
+      (row["epsilon"] for row in record["bounds"]), default=None
+    )
+  }
   found = record["membership"]
+  if found is None:
+    return highest
   strongest = found["strongest"]
   worth: dict[str, Any] = {}
   utility = record.get("utility")
@@ -474,7 +482,5 @@ def headline(record: Mapping[str, Any]) -> dict[str, float | None]:
     "leakage_by_chance": found["chance"]["mean"],
     "attack_auc": strongest["auc"]["value"],
     "tpr_at_0.1_fpr": strongest["tpr_at_0.001"]["value"],
-    "epsilon_lower_bound": max(
-      (row["epsilon"] for row in record["bounds"]), default=None
-    ),
+    **highest,
   }

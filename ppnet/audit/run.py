@@ -74,6 +74,7 @@ def audit(
   Where the folder has a finished run, that is attacked: its training records
   are members, its test records are not, and shadow models are trained on halves
   of all of them. Where it has none, the shadow models themselves are attacked.
+  With `audit.num_models=0` no model is: only planted gradients are looked for.
 
   Args:
     config: the experiment; `audit.*` says how much is spent.
@@ -92,10 +93,10 @@ def audit(
   if config.audit.inversion:
     inversion.check_pictures(experiment)  # Now, not after the training.
   models = _models(experiment, is_finished=workdirs.is_finished(workdir))
-  trials = [
-    *assess.black_box_trials(models.table, models.claim),
-    *_gradient_trials(experiment),
-  ]
+  table = models.table
+  trials = _gradient_trials(experiment)
+  if table is not None:
+    trials = [*assess.black_box_trials(table, models.claim), *trials]
   confidence = config.audit.confidence
   record = {
     "name": config.name,
@@ -104,11 +105,13 @@ def audit(
     "design": {
       "num_models": config.audit.num_models,
       "seed": str(shadows.design_seed(config)),
-      "num_records": models.table.num_records,
+      "num_records": table.num_records if table is not None else None,
       "num_canaries": config.audit.num_canaries,
       "num_gradient_canaries": config.audit.num_gradient_canaries,
     },
-    "membership": assess.attacks(models.table, confidence=confidence),
+    "membership": None
+    if table is None
+    else assess.attacks(table, confidence=confidence),
     "bounds": assess.bound(trials, confidence=confidence),
     "utility": models.utility,
     "robustness": models.robustness,
@@ -124,7 +127,8 @@ class Models:
   """What was trained and asked.
 
   Attributes:
-    table: scores of every record under every model, a finished run first.
+    table: scores of every record under every model, a finished run first; None
+      where there are no shadow models.
     claim: of one shadow model.
     claimed: of the finished run, or of one trained as configured; plain.
     secrets: exposure and extraction of canaries, {} without any; plain.
@@ -132,7 +136,7 @@ class Models:
     robustness: see `robustness.measure`; None where it was not asked for.
   """
 
-  table: score_table.ScoreTable
+  table: score_table.ScoreTable | None
   claim: assess.Claim
   claimed: Mapping[str, Any]
   secrets: Mapping[str, Any]
@@ -153,6 +157,16 @@ def _models(experiment: loop.Experiment, *, is_finished: bool) -> Models:
       "It was not trained on them: set --config.audit.num_canaries=0, or audit"
       " in an empty --workdir.",
       **{"audit.num_canaries": config.audit.num_canaries},
+    )
+  claimed = _claimed(experiment, is_finished=is_finished)
+  if config.audit.num_models == 0:
+    return Models(
+      table=None,
+      claim=claim_of(experiment.mechanism),
+      claimed=claimed,
+      secrets={},
+      utility=[],
+      robustness=None,
     )
   pool, planted = _pool(experiment)
   test = pool_lib.of_split(experiment, split="test")
@@ -191,7 +205,7 @@ def _models(experiment: loop.Experiment, *, is_finished: bool) -> Models:
       make=score,
     ),
     claim=claim_of(trained.mechanism),
-    claimed=_claimed(experiment, is_finished=is_finished),
+    claimed=claimed,
     secrets=_secrets(experiment, trained, planted),
     utility=_utility(experiment, trained, test),
     robustness=robustness.measure(

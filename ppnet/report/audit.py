@@ -50,7 +50,7 @@ _METHODS = {
 
 
 def write(workdir: pathlib.Path) -> str:
-  """Writes `audit.md` and `figures/roc.png` from `audit.json`.
+  """Writes `audit.md` and, of attacks, `figures/roc.png` from `audit.json`.
 
   Where gradients were inverted, `figures/inversion.png` as well.
 
@@ -59,7 +59,8 @@ def write(workdir: pathlib.Path) -> str:
   """
   workdir = pathlib.Path(workdir)
   record = records.read_json(workdir / "audit.json")
-  saving.save(draw(record), workdir / "figures" / "roc")
+  if record["membership"] is not None:
+    saving.save(draw(record), workdir / "figures" / "roc")
   if record.get("inversion"):
     inversion.inversion_figure(workdir)
   text = markdown(record)
@@ -76,16 +77,17 @@ def markdown(record: Mapping[str, Any]) -> str:
   Returns:
     Markdown, without a newline at the end.
   """
+  is_attacked = record["membership"] is not None
   sections = [
     f"# Audit of {record['name']}",
     *_verdict(record),
+    *(_told(record) if is_attacked else []),
     "## What was attacked",
     *_subject(record),
     "## Claimed ε against the audited lower bound",
     *_bounds(record),
-    "## Who can tell a member?",
-    *_attacks(record),
-    *_groups(record),
+    *(["## Who can tell a member?", *_attacks(record)] if is_attacked else []),
+    *(_groups(record) if is_attacked else []),
     *_secrets(record),
     *_inversion(record),
     "## What this does not show",
@@ -100,7 +102,7 @@ def draw(record: Mapping[str, Any]) -> figure.Figure:
   """ROC curves on logarithmic axes: the best of the attacks, and guessing.
 
   Args:
-    record: the content of `audit.json`.
+    record: the content of `audit.json`, of models that were attacked.
 
   Returns:
     A figure that belongs to no window; the caller saves it.
@@ -176,33 +178,37 @@ def _shown(found: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _verdict(record: Mapping[str, Any]) -> list[str]:
-  """What comes first, in sentences."""
-  found = record["membership"]
+  """What comes first, in a sentence."""
   wrong = [row for row in record["bounds"] if row["exceeds"]]
   confidence = f"{record['confidence']:.4g}"
-  lines = []
   if wrong:
     worst = max(wrong, key=lambda row: row["epsilon"])
-    lines.append(
+    line = (
       "**THE PRIVACY CLAIM IS CONTRADICTED. DO NOT RELEASE THIS MODEL UNDER"
       f" IT. Claimed: ε at most {_up(worst['allowed_epsilon'])}. Audited: ε at"
       f" least {_down(worst['epsilon'])}, at confidence {confidence}.**"
     )
   elif _is_claimed(record):
-    lines.append(
+    line = (
       "**The claim is not contradicted.** Claimed: ε ="
       f" {_up(record['claim']['epsilon'])}. Audited: ε at least"
       f" {_down(_highest(record))}, at confidence {confidence}."
     )
   else:
-    lines.append(
+    line = (
       "**There is no privacy claim (ε = ∞)**, so no bound can contradict one."
       f" Audited: ε at least {_down(_highest(record))}, at confidence"
       f" {confidence}."
     )
+  return [_fill(line)]
+
+
+def _told(record: Mapping[str, Any]) -> list[str]:
+  """How much of membership the attacks told, in sentences."""
+  found = record["membership"]
   best = found["strongest"]
   held_out = found["held_out"]
-  lines.append(
+  numbers = (
     f"Leakage {best['advantage']['value']:.3f}"
     f" {_interval(best['advantage']['interval'])} by"
     f" {_name(best['advantage']['attack'])} (chance alone:"
@@ -219,17 +225,25 @@ def _verdict(record: Mapping[str, Any]) -> list[str]:
     f" {_interval(best['tpr_at_0.001']['interval'], _percent)} by"
     f" {_name(best['tpr_at_0.001']['attack'])}."
   )
-  lines.append(
+  verdict = (
     "**Attackers can tell members from others.**"
     if _leaks(record)
     else "No attack told members from others better than chance does."
   )
-  return [_fill(line) for line in lines]
+  return [_fill(numbers), verdict]
 
 
 def _subject(record: Mapping[str, Any]) -> list[str]:
   """Who was judged, on what, by whom."""
   found = record["membership"]
+  claim = _fill(f"Claim: {record['claim']['guarantee']}")
+  if found is None:
+    what = (
+      "The way of training: gradients were planted in one run, trained as"
+      " configured, and looked for in its updates. No shadow models were"
+      " trained, and no model was attacked (audit.num_models=0)."
+    )
+    return [_fill(what), claim]
   if found["judged"] == "finished run":
     what = (
       f"The finished run in this folder, on {found['num_members']:,} records it"
@@ -243,10 +257,9 @@ def _subject(record: Mapping[str, Any]) -> list[str]:
       f" trained as configured, each on a random half of"
       f" {found['num_records']:,} records, and every one of them is attacked."
     )
-  claim = record["claim"]
   return [
     _fill(what),
-    _fill(f"Claim: {claim['guarantee']}"),
+    claim,
     _fill(
       f"Intervals are at confidence {record['confidence']:.4g}, each by"
       " itself. Models (in pairs) and records were drawn again with"
@@ -487,7 +500,13 @@ def _limits(record: Mapping[str, Any]) -> list[str]:
     " covered by any guarantee: share it only with people who may see the"
     " data.",
   ]
-  if record["membership"]["judged"] != "finished run":
+  found = record["membership"]
+  if found is None:
+    limits.append(
+      "No attack was made on a model: what somebody can tell who sees the"
+      " finished one alone was not asked."
+    )
+  elif found["judged"] != "finished run":
     limits.append(
       "No finished run was in this folder. These are models trained as"
       " configured on half of the records each; a model trained on all of them"
@@ -520,6 +539,11 @@ def _advice(record: Mapping[str, Any]) -> list[str]:
       f" {1 - record['confidence']:.2g} remains that a correct mechanism is"
       " accused; fresh seeds settle it.",
     ]
+  found = record["membership"]
+  if found is None:
+    return [
+      "Attack models as well before a release: --config.audit.num_models=16."
+    ]
   advice = []
   claimed = _is_claimed(record)
   if _leaks(record):
@@ -532,7 +556,7 @@ def _advice(record: Mapping[str, Any]) -> list[str]:
         " --config.privacy.epsilon=8 or less, and audit again."
       )
     )
-    if record["membership"]["groups"]:
+    if found["groups"]:
       advice.append("Decide by the groups that leak most, not by the average.")
   else:
     advice.append(
@@ -544,7 +568,7 @@ def _advice(record: Mapping[str, Any]) -> list[str]:
         " attack may find more."
       )
     )
-  if record["membership"]["num_models"] < 16:
+  if found["num_models"] < 16:
     advice.append(
       "The attack is weak with so few shadow models: repeat it with"
       " --config.audit.num_models=64 before relying on a low number."

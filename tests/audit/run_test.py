@@ -126,6 +126,43 @@ def test_a_finished_run_s_summary_keeps_what_it_says(monkeypatch, tmp_path):
   assert record["membership"]["judged"] == "finished run"
 
 
+def test_without_shadow_models_planted_gradients_are_all_there_is(
+  monkeypatch, tmp_path
+):
+  config = tiny.experiment()
+  config.job = config_lib.Job.AUDIT
+  config.audit.num_models = 0
+
+  def gradient_trials(experiment):
+    is_in = np.arange(40) % 2 == 0
+    return [
+      assess.Trials(
+        observer="sees every noisy sum",
+        scores=is_in + np.linspace(-3, 3, 40),
+        is_in=is_in,
+        methods=("one_run", "f_dp_one_run", "gaussian"),
+        claim=run.claim_of(experiment.mechanism),
+      )
+    ]
+
+  monkeypatch.setattr(run, "_gradient_trials", gradient_trials)
+  main.run_job(config, tmp_path)
+  record = records.read_json(tmp_path / "audit.json")
+  assert record["membership"] is None
+  assert record["utility"] == []
+  # Three share the risk, and not five.
+  assert [row["confidence"] for row in record["bounds"]] == [
+    pytest.approx(1 - 0.05 / 3)
+  ] * 3
+  assert set(records.read_json(tmp_path / "summary.json")) == {
+    "name",
+    "epsilon_lower_bound",
+  }
+  assert "(audit.num_models=0)" in (tmp_path / "audit.md").read_text()
+  assert not (tmp_path / "figures").exists()
+  assert not (tmp_path / "audit").exists()  # Nothing was trained.
+
+
 def test_an_inversion_that_was_asked_for_is_drawn_and_reported(
   monkeypatch, tmp_path
 ):

@@ -128,6 +128,23 @@ def test_a_contradicted_claim_is_the_first_thing_to_be_read(record):
   assert "Nothing found here speaks against a release" not in text
 
 
+def test_planted_gradients_alone_are_no_attack_on_a_model(record):
+  record["membership"] = None
+  text = flat(record)
+  for said in (
+    "The claim is not contradicted",
+    "B: sees every update (white box).",
+    "no model was attacked (audit.num_models=0)",
+    "--config.audit.num_models=16",
+  ):
+    assert said in text, said
+  for unsaid in ("Leakage", "roc.png", "speaks against a release"):
+    assert unsaid not in text, unsaid
+  record["bounds"].append(bound("one_run", 4.006, 4.001))
+  assert "Do not release the model" in flat(record)
+  # Fails if: who was not attacked is said not to leak.
+
+
 def test_no_leak_and_no_claim_are_said_as_they_are(record):
   record["claim"]["epsilon"] = "inf"
   record["membership"]["held_out"]["interval"] = [-0.01, 0.03]
