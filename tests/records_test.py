@@ -39,6 +39,8 @@ def test_a_record_spends_its_epsilon_and_sees_the_test_split_once(
   assert privacy.unit is config_lib.PrivacyUnit.EXAMPLE
   add_or_remove = config_lib.NeighboringRelation.ADD_OR_REMOVE_ONE
   assert privacy.neighboring_relation is add_or_remove
+  # Held-out training records had a part in every choice.
+  assert config.tuning is config_lib.Tuning.PRIVATE
   assert privacy.noise_seed is None
   assert privacy.sampler_seed is None
   assert train.eval_every_steps == train.num_steps
@@ -93,6 +95,7 @@ def test_fashion_mnist_with_mnist_s_settings_differs_from_mnist_in_its_prior():
   prior = whitening.Prior.STROKES
   assert dataclasses.replace(garments, prior=prior) == strokes
   assert garments.prior is whitening.Prior.GARMENTS
+  assert shared.tuning is config_lib.Tuning.PUBLIC
   assert shared.model != own.model
   # Fails if: what was chosen on Fashion-MNIST has a part in that row.
 

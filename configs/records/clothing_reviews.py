@@ -48,6 +48,7 @@ def get_config(epsilon: str = "3") -> config.ExperimentConfig:
   """The record's run at `epsilon`."""
   return config.ExperimentConfig(
     name=f"clothing_reviews-epsilon_{epsilon}",
+    tuning=config.Tuning.PRIVATE,
     data=config.DataConfig(
       source=config.Source.CLOTHING_REVIEWS,
       path="/data/reviews.csv",

@@ -72,6 +72,7 @@ def get_config(argument: str = "3") -> config.ExperimentConfig:
   own = not chosen_on
   return config.ExperimentConfig(
     name="fashion_mnist-epsilon_" + argument.replace(",", "-as_"),
+    tuning=config.Tuning.PRIVATE if own else config.Tuning.PUBLIC,
     data=config.DataConfig(
       source=config.Source.IDX,
       path="/data/fashion-mnist",

@@ -46,6 +46,7 @@ def get_config(epsilon: str = "3") -> config.ExperimentConfig:
   return dataclasses.replace(
     experiment,
     name=f"mnist-epsilon_{epsilon}",
+    tuning=config.Tuning.PRIVATE,  # On its own training records.
     data=dataclasses.replace(
       experiment.data,
       path="/data/mnist",

@@ -53,6 +53,7 @@ def get_config(argument: str = "8") -> config.ExperimentConfig:
   is_private = epsilon != "none"
   return config.ExperimentConfig(
     name="shakespeare-epsilon_" + argument.replace(",", "-batch_"),
+    tuning=config.Tuning.PRIVATE,
     data=config.DataConfig(
       source=config.Source.TEXT_FILE,
       path="/data/input.txt",

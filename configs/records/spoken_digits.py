@@ -66,6 +66,7 @@ def get_config(argument: str = "3") -> config.ExperimentConfig:
     audio.first_mfcc, audio.num_mfcc = 1, 7
   return config.ExperimentConfig(
     name=f"spoken_digits-epsilon_{argument.replace(',', '-')}",
+    tuning=config.Tuning.PRIVATE,
     data=config.DataConfig(
       source=config.Source.FSDD,
       path="/data/fsdd",

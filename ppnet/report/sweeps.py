@@ -41,8 +41,9 @@ _WORDS = {
     " data alone: that costs no budget."
   ),
   config_lib.Tuning.PRIVATE: (
-    "A run is chosen by scores on private data (tuning=PRIVATE). That is a"
-    " release of its own, which a single run's ε does not cover:"
+    "A run, or its settings, are chosen by scores on private data"
+    " (tuning=PRIVATE). That is a release of its own, which a single run's ε"
+    " does not cover. Should it be one of these runs:"
   ),
 }
 _MEANS = "Means over seeds, with half of Student's 95 % interval:"
