@@ -462,6 +462,10 @@ def run_job(config: config_lib.ExperimentConfig, workdir: pathlib.Path) -> None:
     RuntimeError: what the job is to find out came out badly.
   """
   config_lib.validate(config)
+  if config.job in _JOBS_OF_STEPS and (
+    jax.config.jax_platforms == "cpu" or not allocator.has_accelerator()
+  ):
+    allocator.keep_freed()  # Before the next line starts a backend.
   if jax.process_count() > 1 and config.job not in _JOBS_OF_MANY:
     checks.fail(
       "a job of several processes to be one of "
@@ -469,8 +473,6 @@ def run_job(config: config_lib.ExperimentConfig, workdir: pathlib.Path) -> None:
       "Run it without --distributed.",
       **{"config.job": config.job.name},
     )
-  if config.job in _JOBS_OF_STEPS and jax.default_backend() == "cpu":
-    allocator.keep_freed()
   with contextlib.ExitStack() as stack:
     if hosts.is_first():
       stack.enter_context(workdirs.opened(workdir, config))

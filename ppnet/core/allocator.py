@@ -7,6 +7,7 @@ spent there (BUILD_NOTES.md).
 """
 
 import ctypes
+import pathlib
 
 # Of malloc.h.
 _M_TRIM_THRESHOLD = -1
@@ -15,6 +16,15 @@ _M_MMAP_MAX = -4
 _M_ARENA_MAX = -8
 _PAD_BYTES = 256 << 20
 _NEVER = -1  # As malloc.h has it; 2 ** 31 - 1 trims a process of 4 GB.
+_ACCELERATORS = ("accel[0-9]*", "vfio/[0-9]*", "nvidia[0-9]*", "kfd")
+
+
+def has_accelerator(devices: pathlib.Path = pathlib.Path("/dev")) -> bool:
+  """Whether this host has a TPU's or a GPU's device file.
+
+  A guess, for when no backend may be started yet.
+  """
+  return any(any(devices.glob(name)) for name in _ACCELERATORS)
 
 
 def keep_freed() -> bool:
@@ -22,7 +32,8 @@ def keep_freed() -> bool:
 
   The process then never shrinks: not for a host that feeds an accelerator,
   where what a restored checkpoint took must go back. Threads share one pool,
-  since the others could not grow without what is switched off.
+  since the others could not grow without what is switched off. A thread that
+  has its own pool keeps it: call this before a backend starts its threads.
 
   Returns:
     Whether it will; False without glibc, where nothing is changed.
