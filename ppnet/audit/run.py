@@ -39,8 +39,12 @@ from ppnet.privacy import accounting, ledger, sampling
 from ppnet.privacy import mechanism as mechanism_lib
 from ppnet.train import loop, metrics
 
-# Where the claimed trade-off curve is asked for: what guesses can see of it.
-_PROFILE_DELTAS = (0.2, 0.05, 1e-2, 1e-3, 1e-4, 1e-6)
+# Where the claimed trade-off curve is asked for: what guesses can see of it. At
+# a large epsilon they see large deltas most.
+_PROFILE_DELTAS = (
+  *(0.7, 0.5, 0.35, 0.2, 0.1, 0.05, 0.02),
+  *(1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 1e-6),
+)
 # Of streams of randomness that follow from the configuration's seed.
 _CANARY_DOMAIN = 64
 _INVERSION_DOMAIN = 104

@@ -257,6 +257,19 @@ def test_a_mechanism_claims_its_own_curve():
   assert nothing.allowed(of_curve) == math.inf
 
 
+def test_what_one_gaussian_release_allows_is_hardly_more_than_its_claim():
+  config = tiny.experiment(epsilon=8.0)
+  config.train.num_steps = 1
+  config.train.expected_batch_size = 500
+  claim = run.claim_of(mechanism_lib.build(config, 500))
+  one = bounds.one_run(
+    np.zeros(1000), np.arange(1000) < 500, delta=claim.delta, confidence=0.98
+  )
+  of_curve = dataclasses.replace(one, is_gaussian=True)
+  assert claim.epsilon <= claim.allowed(of_curve) < 1.1 * 8.0
+  # Fails if: the curve is known at so few points that 8 allows 14.
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("has_run", [False, True])
 def test_real_models_are_trained_attacked_and_reported(tmp_path, has_run):
