@@ -625,6 +625,9 @@ def _sweep(
     tuning=config.tuning,
   )
   print(f"\n{summary}\n\nsummary: {workdir / 'sweep.md'}")
+  picture = workdir / "figures" / "sweep.png"
+  if picture.exists():
+    print(f"figure:  {picture}")
   if failed:
     raise RuntimeError(
       f"{len(failed)} of {len(grid)} runs failed: {'; '.join(failed)}. Give the"

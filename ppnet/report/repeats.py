@@ -22,6 +22,7 @@ from ppnet.report import comparison, figures, saving, tables
 SCORES = ("accuracy", "f1", "auc_roc", "bits_per_byte", "leakage")
 
 _SEEDS = ("seed", "privacy.noise_seed", "privacy.sampler_seed")
+_BARS = "Bars are 95 % intervals (Student) over seeds."
 _LOGARITHMIC_FROM = 8.0  # Largest over smallest.
 _MAX_TICKS = 8
 
@@ -121,8 +122,12 @@ def draw(
     fig.subplots(1, len(scores), squeeze=False)[0], scores, strict=True
   ):
     _panel(ax, lines, along=along, score=score)
+  notes = []
+  if any(group["runs"] > 1 for group in found):
+    notes.append(_BARS)
   if any("†" in ax.get_ylabel() for ax in fig.axes):
-    fig.supxlabel(tables.NONPRIVATE_NOTE, fontsize=9)
+    notes.append(tables.NONPRIVATE_NOTE)
+  fig.supxlabel("\n".join(notes), fontsize=9)
   if len(lines) > 1:
     handles, labels = fig.axes[0].get_legend_handles_labels()
     fig.legend(

@@ -122,6 +122,7 @@ def test_each_score_has_a_panel_and_zero_a_place():
   ]
   assert all(ax.get_xscale() == "linear" for ax in fig.axes)
   assert "not covered by the guarantee" in fig.get_supxlabel()
+  assert "95 % intervals" in fig.get_supxlabel()
 
 
 @pytest.mark.parametrize(
