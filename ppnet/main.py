@@ -463,7 +463,7 @@ def run_job(config: config_lib.ExperimentConfig, workdir: pathlib.Path) -> None:
   """
   config_lib.validate(config)
   if config.job in _JOBS_OF_STEPS and (
-    jax.config.jax_platforms == "cpu" or not allocator.has_accelerator()
+    os.environ.get("JAX_PLATFORMS") == "cpu" or not allocator.has_accelerator()
   ):
     allocator.keep_freed()  # Before the next line starts a backend.
   if jax.process_count() > 1 and config.job not in _JOBS_OF_MANY:
