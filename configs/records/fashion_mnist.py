@@ -38,6 +38,7 @@ What each is worth there, in points of accuracy at epsilon 3; one run moves by
   batch 1024 / 2048 / 4096 / 16384, best of two     89.6 / 90.4 / 90.8 / 91.0
   clip norm 0.1 / 10 / 30, best of two rates        90.8 / 90.7 / 90.2
   moving average, decay 0.9 / 0.95                  90.9 / 90.9
+  pixels in place of scattering, no covariance      85.0
   floor 0.006                                       90.9
   damping 0.0004 / 0.0012 / 0.008, floor 0.006      90.6 / 90.8 / 90.8
   damping 0.0004, first 128, floor 0.004            90.6
