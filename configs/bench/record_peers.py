@@ -3,9 +3,10 @@ r"""Opacus and JAX-Privacy by their own recipes, on a record's features.
   python -m ppnet.main --config=configs/bench/record_peers.py:spoken_digits,3 \
     --config.data.path=/data/fsdd --workdir=DIR
 
-The argument is a record of `configs/records` and epsilon. Five seeds for each
-recipe of `ppnet/bench/recipes.py`; needs `pip install 'ppnet[peers]'`. One
-library alone: --config.bench.cases=Opacus or JAX-Privacy.
+The argument is a record of `configs/records` and epsilon, or what else the
+record takes: `spoken_digits,3,speaker`. Five seeds for each recipe of
+`ppnet/bench/recipes.py`; needs `pip install 'ppnet[peers]'`. One library alone:
+--config.bench.cases=Opacus or JAX-Privacy.
 """
 
 import pathlib

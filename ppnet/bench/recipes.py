@@ -65,6 +65,8 @@ class Recipe:
     begins_at_zero: whether Opacus's matrix begins at zero as well.
     feature_norm: norm that each record's features are scaled to; 0 leaves them
       as they are.
+    is_of_users: whether a unit is a user, whose records' mean gradient is
+      clipped (JAX-Privacy alone); batch size and epochs count users then.
   """
 
   name: str
@@ -80,6 +82,7 @@ class Recipe:
   is_rescaled: bool = False
   begins_at_zero: bool = False
   feature_norm: float = 0.0
+  is_of_users: bool = False
 
 
 class Plan(NamedTuple):
@@ -99,7 +102,11 @@ class Plan(NamedTuple):
 
 
 class Data(NamedTuple):
-  """Features f32[n, D] and classes i64[n] of both splits."""
+  """Features f32[n, D] and classes i64[n] of both splits.
+
+  Where units are users, the training split's are f32[n, R, D] and i64[n, R]: R
+  records of each of n users.
+  """
 
   train_features: np.ndarray
   train_labels: np.ndarray
@@ -202,6 +209,16 @@ STOCK = (
     batch_size=256,
     num_epochs=100,
   ),
+  Recipe(
+    name="user-level transformer",
+    library=Library.JAX_PRIVACY,
+    source="examples/user_level_transformer_example.py",
+    optimizer=Optimizer.ADAM,
+    learning_rate=0.05,
+    batch_size=2,
+    num_epochs=10 * 2 / 4,
+    is_of_users=True,
+  ),
 )
 
 PACKAGES = {
@@ -221,7 +238,7 @@ def plan(
 
   Args:
     recipe: see `Recipe`.
-    num_examples: N.
+    num_examples: N, of units.
     epsilon: what is to be spent at most.
     delta: at this probability of failure.
   """
@@ -392,10 +409,14 @@ def _train_by_jax_privacy(
   import optax
   from jax_privacy import batch_selection, clipping, noise_addition
 
-  num_examples, num_features = data.train_features.shape
+  num_examples, num_features = (
+    len(data.train_features),
+    data.train_features.shape[-1],
+  )
 
-  def loss_fn(params, inputs, targets):
-    logits = inputs @ params["weights"] + params["bias"][None]
+  def loss_fn(params, inputs, targets):  # Of one unit, with an axis for it.
+    logits = inputs @ params["weights"]
+    logits += jnp.broadcast_to(params["bias"], logits.shape)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     return losses.mean()
 

@@ -57,8 +57,9 @@ def run(
     `accuracy`, `f1` and `auc_roc`.
 
   Raises:
-    ValueError: the configuration is no linear classifier's, or protects no
-      single examples, or names an unknown library.
+    ValueError: the configuration is no linear classifier's, or protects neither
+      single examples nor users with as many records each, or names an unknown
+      library.
   """
   _check(config)
   known = {library.value: library for library in recipes.Library}
@@ -74,11 +75,16 @@ def run(
   folder = loop.prepared_dir(config, workdir)
   prepare.prepare(config.data, folder)
   data = features(config, folder)
+  is_of_users = config.privacy.unit is config_lib.PrivacyUnit.USER
   chosen = [
     recipe
     for library in wanted
     for recipe in (
-      *(r for r in recipes.STOCK if r.library is library),
+      *(
+        recipe
+        for recipe in recipes.STOCK
+        if recipe.library is library and recipe.is_of_users == is_of_users
+      ),
       *of_record(config, library, num_examples=len(data.train_labels)),
     )
   ]
@@ -90,9 +96,10 @@ def run(
     "name": config.name,
     "epsilon": config.privacy.epsilon,
     "delta": config.privacy.delta,
-    "num_train": len(data.train_labels),
+    "num_train": data.train_labels.size,
+    "num_users": len(data.train_labels) if is_of_users else None,
     "num_test": len(data.test_labels),
-    "num_features": data.train_features.shape[1],
+    "num_features": data.train_features.shape[-1],
     "num_classes": data.num_classes,
     "rows": [],
   }
@@ -140,6 +147,9 @@ def features(
   Args:
     config: the record's.
     folder: its prepared data.
+
+  Raises:
+    ValueError: units are users, and some have more records than others.
   """
   card = prepare.read_card(folder)
   tokenizer = tokenizers.load(config.data, folder, class_names=card.class_names)
@@ -170,7 +180,22 @@ def features(
       np.concatenate(inputs),
       np.concatenate(labels).astype(np.int64),
     ]
-  return recipes.Data(*split_arrays, num_classes=len(tokenizer.answer_ids))
+  data = recipes.Data(*split_arrays, num_classes=len(tokenizer.answer_ids))
+  by_user = loop.records_by_user(config, folder)
+  if by_user is None:
+    return data
+  counts = {len(positions) for positions in by_user}
+  if len(counts) > 1:
+    checks.fail(
+      "as many training records of each user",
+      "The libraries' clipped gradients take units of one size.",
+      records=sorted(counts),
+    )
+  order = np.stack(by_user)
+  return data._replace(
+    train_features=data.train_features[order],
+    train_labels=data.train_labels[order],
+  )
 
 
 def _head_inputs(model: Any, batch: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -204,8 +229,10 @@ def of_record(
   clipping of whole gradients.
   """
   optimizer, train, privacy = config.optimizer, config.train, config.privacy
+  is_of_users = privacy.unit is config_lib.PrivacyUnit.USER
   has_equal = (
-    optimizer.name is config_lib.OptimizerName.SGD
+    not (is_of_users and library is recipes.Library.OPACUS)
+    and optimizer.name is config_lib.OptimizerName.SGD
     and optimizer.schedule is config_lib.Schedule.CONSTANT
     and not optimizer.warmup_steps
     and not optimizer.weight_decay
@@ -229,6 +256,7 @@ def of_record(
       l2_clip_norm=privacy.l2_clip_norm,
       begins_at_zero=True,
       feature_norm=config.model.linear.feature_norm,
+      is_of_users=is_of_users,
     ),
   )
 
@@ -243,11 +271,11 @@ def _check(config: config_lib.ExperimentConfig) -> None:
     )
   if (
     config.privacy.epsilon is None
-    or config.privacy.unit is not config_lib.PrivacyUnit.EXAMPLE
+    or config.privacy.unit is config_lib.PrivacyUnit.PACKED_ROW
   ):
     checks.fail(
-      "privacy.epsilon, for single examples",
-      "The libraries calibrate their own noise, and protect examples.",
+      "privacy.epsilon, for single examples or users",
+      "The libraries calibrate their own noise, and protect these.",
       **{
         "privacy.epsilon": config.privacy.epsilon,
         "privacy.unit": config.privacy.unit.name,
@@ -257,7 +285,11 @@ def _check(config: config_lib.ExperimentConfig) -> None:
 
 def _scaled(data: recipes.Data, norm: float) -> recipes.Data:
   """The features of each record at one norm."""
-  scale = lambda x: np.array(centring.scaled(jnp.asarray(x), norm=norm))
+
+  def scale(x: np.ndarray) -> np.ndarray:
+    flat = jnp.asarray(x.reshape(-1, x.shape[-1]))
+    return np.array(centring.scaled(flat, norm=norm)).reshape(x.shape)
+
   return data._replace(
     train_features=scale(data.train_features),
     test_features=scale(data.test_features),

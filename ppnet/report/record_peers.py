@@ -49,8 +49,10 @@ def table(record: Mapping[str, Any]) -> str:
     if row["is_best"]:
       cells = [f"**{cell}**" for cell in cells]
     rows.append(cells)
+  users = record.get("num_users")
+  of_users = f" of {users:,} users, who are the units," if users else ""
   facts = (
-    f"{record['name']}: {record['num_train']:,} training and"
+    f"{record['name']}: {record['num_train']:,} training{of_users} and"
     f" {record['num_test']:,} test records, {record['num_features']:,}"
     f" features; ε = {record['epsilon']:g}, δ = {record['delta']:g},"
     f" {record['rounds']} seeds. Bold: a library's best recipe, chosen by"

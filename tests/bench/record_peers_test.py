@@ -158,6 +158,60 @@ def test_gradients_are_clipped(library):
   assert (logits.argmax(axis=1) == 3).all()
 
 
+def test_a_user_s_mean_gradient_is_clipped():
+  rng = np.random.default_rng(0)
+  features = rng.normal(size=(3, 5, 4)).astype(np.float32)
+  features[0] *= 1e-3  # This user's gradient is short enough.
+  labels = rng.integers(0, 3, (3, 5))
+  data = recipes.Data(
+    features, labels, np.eye(4, dtype=np.float32), np.zeros(4, np.int64), 3
+  )
+  recipe = _recipe(
+    recipes.Library.JAX_PRIVACY, l2_clip_norm=0.25, is_of_users=True
+  )
+  plan = recipes.Plan(1e-7, sampling_prob=1.0, num_steps=1, epsilon=1.0)
+  (logits,) = recipes.train(recipe, plan, data, seeds=[0])
+  expected = np.zeros((5, 3))
+  for own, classes in zip(features, labels, strict=True):
+    with_bias = np.concatenate([own, np.ones((5, 1))], axis=1)
+    gradient = with_bias.T @ (1 / 3 - np.eye(3)[classes]) / 5
+    norm = np.linalg.norm(gradient)
+    expected -= gradient * min(1, 0.25 / norm) / 3
+  np.testing.assert_allclose(logits, expected[:-1] + expected[-1], atol=1e-5)
+  # Fails if: each record is clipped, or a user counts by their records.
+
+
+def test_users_are_units_of_all_their_records(prepared, monkeypatch):
+  config = _config()
+  flat = record_peers.features(config, prepared)
+  groups = np.array([[4, 9], [0, 7], [2, 3]])
+  monkeypatch.setattr(record_peers.loop, "records_by_user", lambda *_: groups)
+  found = record_peers.features(config, prepared)
+  np.testing.assert_array_equal(
+    found.train_features, flat.train_features[groups]
+  )
+  np.testing.assert_array_equal(found.train_labels, flat.train_labels[groups])
+  np.testing.assert_array_equal(found.test_features, flat.test_features)
+  scaled = record_peers._scaled(found, 2.0).train_features
+  np.testing.assert_allclose(np.linalg.norm(scaled, axis=-1), 2.0, rtol=1e-5)
+  uneven = [np.array([4, 9]), np.array([0])]
+  monkeypatch.setattr(record_peers.loop, "records_by_user", lambda *_: uneven)
+  with pytest.raises(ValueError, match=r"records=\[1, 2\]"):
+    record_peers.features(config, prepared)
+
+
+def test_recipes_of_users_are_for_users():
+  config = _config()
+  config.privacy.unit = config_lib.PrivacyUnit.USER
+  (own,) = record_peers.of_record(
+    config, recipes.Library.JAX_PRIVACY, num_examples=6
+  )
+  assert own.is_of_users
+  opacus = recipes.Library.OPACUS
+  assert record_peers.of_record(config, opacus, num_examples=6) == ()
+  assert not any(r.is_of_users for r in recipes.STOCK if r.library is opacus)
+
+
 @pytest.mark.parametrize("library", _LIBRARIES)
 @pytest.mark.parametrize("optimizer", list(recipes.Optimizer))
 def test_every_optimizer_learns_what_can_be_learnt(library, optimizer):
@@ -383,8 +437,8 @@ def test_a_table_of_two_classes_has_auc_and_one_seed_no_interval():
     (lambda c: setattr(c.model, "linear", None), "a linear model"),
     (lambda c: setattr(c.privacy, "epsilon", None), "privacy.epsilon"),
     (
-      lambda c: setattr(c.privacy, "unit", config_lib.PrivacyUnit.USER),
-      "single examples",
+      lambda c: setattr(c.privacy, "unit", config_lib.PrivacyUnit.PACKED_ROW),
+      "single examples or users",
     ),
     (lambda c: setattr(c.bench, "cases", "fastDP"), "Opacus"),
   ],
