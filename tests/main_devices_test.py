@@ -58,17 +58,33 @@ def test_what_somebody_chose_stays(asked, monkeypatch):
 
 
 @pytest.mark.parametrize(
-  ("job", "backend", "keeps"),
-  [("TRAIN", "cpu", 1), ("TRAIN", "gpu", 0), ("ACCOUNT", "cpu", 0)],
+  ("job", "has_accelerator", "platforms", "keeps"),
+  [
+    ("TRAIN", False, "", True),
+    ("TRAIN", True, "", False),
+    ("TRAIN", True, "cpu", True),
+    ("ACCOUNT", False, "", False),
+  ],
 )
 def test_only_what_steps_on_a_cpu_keeps_its_freed_memory(
-  monkeypatch, tmp_path, job, backend, keeps
+  monkeypatch, tmp_path, job, has_accelerator, platforms, keeps
 ):
-  kept = []
+  order = []
   config = tiny.experiment(job=config_lib.Job[job])
-  monkeypatch.setitem(main._JOBS, config.job, lambda *unused: None)
-  monkeypatch.setattr(main.allocator, "keep_freed", lambda: kept.append(1))
-  monkeypatch.setattr(jax, "default_backend", lambda: backend)
+  monkeypatch.setenv("JAX_PLATFORMS", platforms)
+  monkeypatch.setattr(
+    main.allocator, "has_accelerator", lambda: has_accelerator
+  )
+  monkeypatch.setattr(
+    main.allocator, "keep_freed", lambda: order.append("keep")
+  )
+  monkeypatch.setattr(
+    main.jax, "process_count", lambda: order.append("backend") or 1
+  )
+  monkeypatch.setitem(main._JOBS, config.job, lambda *_: order.append("job"))
   main.run_job(config, tmp_path)
-  assert len(kept) == keeps
+  assert order[-1] == "job"
+  assert order.count("keep") == keeps
+  # The backend's threads would have pools of their own by then.
+  assert not keeps or order[0] == "keep"
   # Fails if: a host of an accelerator never gives a checkpoint's memory back.

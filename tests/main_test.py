@@ -317,29 +317,6 @@ def test_sweep_runs_the_grid_once_and_shows_it(tmp_path):
   assert sum(",inf," in line for line in lines) == 1  # No privacy: infinity.
 
 
-def test_memory_is_kept_before_a_backend_starts(monkeypatch, tmp_path):
-  order = []
-  job = config_lib.Job.TRAIN
-  monkeypatch.setattr(
-    main.allocator, "keep_freed", lambda: order.append("keep")
-  )
-  monkeypatch.setattr(
-    main.jax, "process_count", lambda: order.append("backend") or 1
-  )
-  monkeypatch.setitem(main._JOBS, job, lambda *_: order.append("job"))
-  config = tiny.experiment()
-  config.job = job
-  main.run_job(config, tmp_path / "cpu")
-  assert order[0] == "keep"
-  assert order[-1] == "job"
-  order.clear()
-  config.job = config_lib.Job.ACCOUNT
-  monkeypatch.setitem(main._JOBS, config.job, lambda *_: None)
-  main.run_job(config, tmp_path / "account")
-  assert "keep" not in order  # It takes no step.
-  # Fails if: the backend's threads have pools of their own by then.
-
-
 def test_every_job_is_there():
   assert set(main._JOBS) == set(config_lib.Job)
 
