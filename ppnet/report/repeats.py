@@ -41,7 +41,7 @@ def means(
     where every one of these runs has one that is finite, {"mean",
     "half_width"}, of Student's 95 % interval; a half-width is NaN of one run.
   """
-  others = [name for name in fields if name not in _SEEDS]
+  others = _without_seeds(fields)
   groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
   for row in rows:
     if row["state"] == "finished":
@@ -64,14 +64,13 @@ def table(found: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> str:
   """`means` for people; nothing where no run was repeated."""
   if all(group["runs"] == 1 for group in found):
     return ""
-  scores = [name for name in SCORES if any(name in group for group in found)]
-  others = [name for name in fields if name not in _SEEDS]
+  scores = _scores(found)
   return tables.sweep_table(
     [
       dict(group) | {name: _words(name, group.get(name)) for name in scores}
       for group in found
     ],
-    [*others, "runs", *scores],
+    [*_without_seeds(fields), "runs", *scores],
   )
 
 
@@ -99,14 +98,14 @@ def draw(
   Returns:
     None where no field has two numbers or no run has a score.
   """
-  others = [name for name in fields if name not in _SEEDS]
+  others = _without_seeds(fields)
   numbers = [
     name
     for name in others
     if len({tables.to_float(group[name]) for group in found}) > 1
     and all(math.isfinite(tables.to_float(group[name])) for group in found)
   ]
-  scores = [name for name in SCORES if any(name in group for group in found)]
+  scores = _scores(found)
   if not (numbers and scores):
     return None
   along = numbers[0]
@@ -134,6 +133,16 @@ def draw(
       handles, labels, loc="outside upper center", frameon=False, ncols=2
     )
   return fig
+
+
+def _without_seeds(fields: Sequence[str]) -> list[str]:
+  """The swept fields that make another setting."""
+  return [name for name in fields if name not in _SEEDS]
+
+
+def _scores(found: Sequence[Mapping[str, Any]]) -> list[str]:
+  """Those that some group has a mean of."""
+  return [name for name in SCORES if any(name in group for group in found)]
 
 
 def _panel(

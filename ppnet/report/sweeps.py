@@ -181,24 +181,27 @@ def write(
   found = rows(runs)
   fields = [override.split("=")[0] for override in next(iter(runs))]
   # A run has the scores of its task: of classes, or of words.
-  columns = [*fields] + [
-    name
-    for name in _COLUMNS
-    if name not in fields
-    and (name not in repeats.SCORES or any(name in row for row in found))
+  columns = [
+    *fields,
+    *(
+      name
+      for name in _COLUMNS
+      if name not in fields
+      and (name not in repeats.SCORES or any(name in row for row in found))
+    ),
   ]
   counts = {
     name: sum(row["state"] == name for row in found)
     for name in ("finished", "failed", "begun", "waiting")
   }
   choosing = cost(list(runs.values()), num_runs=len(runs), tuning=tuning)
-  counted = ", ".join(f"{count} {name}" for name, count in counts.items())
+  states = ", ".join(f"{count} {name}" for name, count in counts.items())
+  counted = f"{states}, of {len(runs)} runs."
   means = repeats.means(found, fields)
   figure = repeats.write(means, fields, workdir)
   shown = [tables.sweep_table(found, ["state", "steps", *columns])]
   if averaged := repeats.table(means, fields):
     shown.append(f"{_MEANS}\n\n{averaged}")
-  counted = f"{counted}, of {len(runs)} runs."
   records.write_json(
     workdir / "sweep.json",
     {"counts": counts, "runs": found, "means": means, "choosing": choosing},

@@ -92,13 +92,13 @@ libc.fflush(out)
 """
 
 
-def pools(*lines):
+def pools(first, then):
   """Pools of a process whose backend starts before or after."""
   out = subprocess.run(
     [
       sys.executable,
       "-c",
-      _THREADS_CODE.format(first=lines[0], then=lines[1]),
+      _THREADS_CODE.format(first=first, then=then),
     ],
     capture_output=True,
     check=True,
