@@ -143,9 +143,9 @@ def test_spellings_become_one():
 
 def test_runs_of_marks_are_split_and_stay_cheap():
   marks = "\u0301\u0323" * 20_000  # Ordering them all would take seconds.
-  start = time.process_time()
+  start = time.thread_time()
   result = _chain("a" + marks, max_chars=50_000)
-  assert time.process_time() - start < 0.7
+  assert time.thread_time() - start < 0.7
   longest = max(len(part) for part in result.split("\u034f"))
   assert longest <= 32
   assert result.count("\u0323") >= 19_990  # None of them is lost.
@@ -165,10 +165,10 @@ def test_ten_megabytes_are_cheap(unit, model_path):
   )
   _chain("é")  # The table of marks is made once.
   for form in (content, content.decode(errors="ignore")):
-    start = time.process_time()
+    start = time.thread_time()
     result = _chain(form, max_chars=2000)
     ids = _apply(tokenize, result)
-    assert time.process_time() - start < 0.1
+    assert time.thread_time() - start < 0.1
     assert len(ids) == 64
   # Fails if: the whole text is normalised, or decoded, before it is cut.
 
