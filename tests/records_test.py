@@ -4,13 +4,17 @@ import dataclasses
 import pathlib
 import runpy
 
+import numpy as np
 import pytest
 
 from ppnet import config as config_lib
 from ppnet.data import whitening
+from ppnet.privacy import accounting, selection
+from ppnet.report import tables
+from tests.privacy import convolution
 
-_RECORDS = pathlib.Path(__file__).parents[1] / "configs" / "records"
-
+_ROOT = pathlib.Path(__file__).parents[1]
+_RECORDS = _ROOT / "configs" / "records"
 
 _NAMES = (
   "clothing_reviews",
@@ -104,3 +108,65 @@ def test_fashion_mnist_refuses_other_settings_by_name():
   path = str(_RECORDS / "fashion_mnist.py")
   with pytest.raises(ValueError, match="argument='3,cifar'"):
     runpy.run_path(path)["get_config"]("3,cifar")
+
+
+def _accounted(first_cell):
+  """Batch, steps and lists of three in RECORDS.md's table of accountants."""
+  _, _, text = (_ROOT / "RECORDS.md").read_text().partition("## ε by both")
+  rows = [line.strip("| ").split(" | ") for line in text.splitlines()]
+  (row,) = [row[1:] for row in rows if row[0] == first_cell]
+  batch, num_steps, *lists = (cell.replace(",", "") for cell in row)
+  batch_size, num_units = batch.split(" of ")
+  return (
+    int(batch_size),
+    int(num_units),
+    int(num_steps),
+    list(zip(*(cell.split() for cell in lists), strict=True)),
+  )
+
+
+@pytest.mark.parametrize(
+  ("first_cell", "files", "arguments"),
+  [
+    ("Fashion-MNIST, MNIST", ["fashion_mnist", "mnist"], ["1", "3", "8"]),
+    ("spoken digits", ["spoken_digits"], ["1", "3", "8"]),
+    (
+      "spoken digits by speaker",
+      ["spoken_digits"],
+      ["1,speaker", "3,speaker", "8,speaker"],
+    ),
+    ("clothing reviews", ["clothing_reviews"], ["1", "3", "8"]),
+    ("Shakespeare, ε = 3 and 8", ["shakespeare"], ["3", "8"]),
+  ],
+)
+def test_what_records_spend_is_what_another_computation_says(
+  first_cell, files, arguments
+):
+  batch_size, num_units, num_steps, columns = _accounted(first_cell)
+  steps = dict(sampling_prob=batch_size / num_units, num_steps=num_steps)
+  for argument, shown in zip(arguments, columns, strict=True):
+    for name in files:
+      path = str(_RECORDS / f"{name}.py")
+      config = runpy.run_path(path)["get_config"](argument)
+      assert config.train.expected_batch_size == batch_size
+      assert config.train.num_steps == num_steps
+      target = config.privacy.epsilon
+      assert target == float(argument.partition(",")[0])
+    noise_multiplier = accounting.calibrate_noise_multiplier(
+      epsilon=target, delta=1e-5, **steps
+    )
+    spent = convolution.epsilon(
+      noise_multiplier=noise_multiplier, delta=1e-5, **steps
+    )
+    assert 0.997 * target < spent < 1.0001 * target
+    curve = selection.curve(noise_multiplier=noise_multiplier, **steps)
+    best_of_ten = selection.best_of_truncated_negative_binomial(
+      curve, mean_runs=10, shape=0.1
+    )
+    np.testing.assert_allclose(noise_multiplier, float(shown[0]), rtol=1e-3)
+    assert shown[1:] == (
+      tables.format_epsilon(selection.epsilon(curve, delta=1e-5)),
+      tables.format_epsilon(selection.epsilon(best_of_ten, delta=1e-5)),
+    )
+  # Fails if: a config's batch, steps or epsilon are not the table's, or what
+  # its noise spends is more than it says.

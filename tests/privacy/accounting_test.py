@@ -12,6 +12,7 @@ from scipy import integrate, special, stats
 
 from ppnet import config
 from ppnet.privacy import accounting, participation
+from tests.privacy import convolution
 
 _REPLACE = config.NeighboringRelation.REPLACE_ONE
 _TUTORIALS = [  # (batch size, noise multiplier, epochs, epsilon as published)
@@ -52,6 +53,25 @@ def test_epsilon_matches_dp_accounting(accountant, sampling_prob):
   )
   np.testing.assert_allclose(got, direct.get_epsilon(1e-6), rtol=1e-5)
   # Fails if: sampling or the number of steps is not passed on.
+
+
+@pytest.mark.parametrize(
+  ("noise_multiplier", "sampling_prob", "num_steps", "delta"),
+  [(2.5, 0.14, 150, 1e-5), (0.7, 0.005, 900, 1e-6), (3.0, 1.0, 20, 1e-5)],
+)
+def test_sampled_steps_match_a_convolution(
+  noise_multiplier, sampling_prob, num_steps, delta
+):
+  steps = dict(
+    noise_multiplier=noise_multiplier,
+    sampling_prob=sampling_prob,
+    num_steps=num_steps,
+    delta=delta,
+  )
+  np.testing.assert_allclose(
+    accounting.epsilon(**steps), convolution.epsilon(**steps), rtol=2e-4
+  )
+  # Fails if: one direction is left out, or a step's sampling.
 
 
 def _classic_rdp_epsilon(*, noise_multiplier, sampling_prob, steps, delta):
