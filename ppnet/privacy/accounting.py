@@ -310,6 +310,21 @@ def check_supported(
     )
 
 
+@contextlib.contextmanager
+def quiet_orders() -> Iterator[None]:
+  """Hides that `dp_accounting` leaves an order out: epsilon only rises."""
+
+  def keep(record: logging.LogRecord) -> bool:
+    return "Excluding this order" not in record.getMessage()
+
+  logger = logging.getLogger("absl")
+  logger.addFilter(keep)
+  try:
+    yield
+  finally:
+    logger.removeFilter(keep)
+
+
 def _not_covered(
   participation: participation_lib.Participation,
   accountant: config.Accountant,
@@ -420,7 +435,7 @@ def _epsilon(
   """Epsilon for checked arguments; a pure function, so remembered."""
   event, its_relation = _event(noise_multiplier, participation, relation)
   if accountant is config.Accountant.RDP:
-    with _quiet_orders():
+    with quiet_orders():
       return _rdp_epsilon(event, num_releases, delta)
   interval = _interval(noise_multiplier, participation, num_releases, delta)
   if isinstance(event, dp_accounting.GaussianDpEvent):
@@ -558,7 +573,7 @@ def _interval(
     elif isinstance(participation, participation_lib.BallsInBins):
       like = participation_lib.Poisson(sampling_prob=1 / participation.num_bins)
       num_releases *= participation.num_bins
-    with _quiet_orders():
+    with quiet_orders():
       sampled = like.release(noise_multiplier)
       scale = min(scale, _rdp_epsilon(sampled, num_releases, delta))
   return _bounded_interval(noise_multiplier, scale)
@@ -589,21 +604,6 @@ def _bounded_interval(noise_multiplier: float, scale: float) -> float:
   wanted = max(scale / 50 * _DISCRETIZATION, largest_loss / 2e6)
   doublings = max(0, math.ceil(math.log2(wanted / _DISCRETIZATION)))
   return _DISCRETIZATION * 2**doublings
-
-
-@contextlib.contextmanager
-def _quiet_orders() -> Iterator[None]:
-  """Hides "excluding this order": leaving one out only raises epsilon."""
-
-  def keep(record: logging.LogRecord) -> bool:
-    return "Excluding this order" not in record.getMessage()
-
-  logger = logging.getLogger("absl")
-  logger.addFilter(keep)
-  try:
-    yield
-  finally:
-    logger.removeFilter(keep)
 
 
 def _close_enough(spent: float, target: float) -> bool:

@@ -47,7 +47,7 @@ from dp_accounting.rdp import rdp_privacy_accountant
 from scipy import optimize
 
 from ppnet.core import checks
-from ppnet.privacy import participation
+from ppnet.privacy import accounting, participation
 
 ORDERS = np.array(rdp_privacy_accountant.DEFAULT_RDP_ORDERS, np.float64)
 
@@ -85,7 +85,8 @@ def _one_step(
   accountant = rdp.RdpAccountant(
     ORDERS.tolist(), dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
   )
-  accountant.compose(drawn.release(noise_multiplier))
+  with accounting.quiet_orders():
+    accountant.compose(drawn.release(noise_multiplier))
   return np.array(accountant.rdp)
 
 

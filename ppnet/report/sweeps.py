@@ -82,15 +82,15 @@ def rows(
     runs: overrides as "field=value" -> folder.
 
   Returns:
-    The swept fields as they were asked for, "state", "steps" that were charged,
-    and the numbers of `summary.json` where there is one.
+    The swept fields as they were asked for, "state", "charged_steps", and
+    the numbers of `summary.json` where there is one.
   """
   found = []
   for overrides, folder in runs.items():
     row: dict[str, Any] = {"state": state(folder)}
     if (folder / "privacy.json").exists():
       ledger = records.read_json(folder / "privacy.json")
-      row["steps"] = ledger["charged_steps"]
+      row["charged_steps"] = ledger["charged_steps"]
     if row["state"] == "finished":
       row |= records.read_json(folder / "summary.json")
     # What was reached comes under its own name beside what was asked for.
@@ -199,7 +199,7 @@ def write(
   counted = f"{states}, of {len(runs)} runs."
   means = repeats.means(found, fields)
   figure = repeats.write(means, fields, workdir)
-  shown = [tables.sweep_table(found, ["state", "steps", *columns])]
+  shown = [tables.sweep_table(found, ["state", "charged_steps", *columns])]
   if averaged := repeats.table(means, fields):
     shown.append(f"{_MEANS}\n\n{averaged}")
   records.write_json(

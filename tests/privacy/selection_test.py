@@ -161,3 +161,13 @@ def test_without_noise_there_is_no_guarantee_and_without_steps_no_cost():
 def test_what_no_theorem_covers_is_refused(call, says):
   with pytest.raises(ValueError, match=says):
     call()
+
+
+def test_an_order_that_is_left_out_is_infinite_and_no_news(caplog):
+  curve = selection.curve(
+    noise_multiplier=1.2671, sampling_prob=0.1365, num_steps=150
+  )
+  assert np.isinf(curve[0])
+  assert np.isfinite(selection.epsilon(curve, delta=1e-5))
+  assert not caplog.records
+  # Fails if: a sweep prints each order that the accountant leaves out.

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 
@@ -56,7 +57,7 @@ def test_states_are_read_from_the_folders(tmp_path):
     "failed",
     "waiting",
   ]
-  assert [row.get("steps") for row in found] == [100, 7, None, None]
+  assert [row.get("charged_steps") for row in found] == [100, 7, None, None]
   # What was asked for stands, whatever the summary calls by that name.
   assert (found[0]["accuracy"], found[0]["seed"]) == (0.75, "0")
   assert "accuracy" not in found[1]
@@ -67,6 +68,9 @@ def test_the_summary_is_a_table_and_a_record(tmp_path):
   text = sweeps.write(runs, tmp_path, tuning=PRIVATE)
   assert "1 finished, 0 failed, 0 begun, 1 waiting, of 2 runs." in text
   assert "0.75" in (tmp_path / "sweep.md").read_text()
+  (heading,) = [line for line in text.splitlines() if "noise mult" in line]
+  headings = re.split(" {2,}", heading.strip())
+  assert len(set(headings)) == len(headings)  # Two are of steps.
   assert "Papernot and Steinke 2022" in text
   record = records.read_json(tmp_path / "sweep.json")
   assert record["counts"]["waiting"] == 1
