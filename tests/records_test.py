@@ -1,9 +1,11 @@
-"""What the arguments of `configs/records/` stand for."""
+"""What the configs of records stand for, spend, and look at."""
 
 import dataclasses
+import io
 import pathlib
 import runpy
 
+import jax
 import numpy as np
 import pytest
 
@@ -11,6 +13,8 @@ from ppnet import config as config_lib
 from ppnet.data import whitening
 from ppnet.privacy import accounting, selection
 from ppnet.report import tables
+from ppnet.train import loop
+from tests.data import raw_tools
 from tests.privacy import convolution
 
 _ROOT = pathlib.Path(__file__).parents[1]
@@ -170,3 +174,38 @@ def test_what_records_spend_is_what_another_computation_says(
     )
   # Fails if: a config's batch, steps or epsilon are not the table's, or what
   # its noise spends is more than it says.
+
+
+def _trained(workdir, data):
+  """Parameters and test accuracy of a small run of MNIST's record."""
+  config = runpy.run_path(str(_RECORDS / "mnist.py"))["get_config"]("8")
+  decode, whitened = config.data.image_transforms
+  small = dataclasses.replace(
+    whitened,
+    features=dataclasses.replace(whitened.features, num_angles=2),
+    num_groups=3,
+    num_pictures=100,
+  )
+  config.data = dataclasses.replace(
+    config.data, path=str(data), image_transforms=(decode, small)
+  )
+  config.privacy.noise_seed = config.privacy.sampler_seed = 0
+  config.train.num_steps = config.train.eval_every_steps = 5
+  config.train.expected_batch_size = 20
+  config.perf.microbatch_size = 20
+  experiment = loop.open_experiment(config, workdir, devices=jax.devices()[:1])
+  summary, state = loop.train(experiment, log=io.StringIO())
+  return jax.device_get(state.params), summary["accuracy"]
+
+
+def test_the_test_split_has_no_part_in_training(tmp_path):
+  data = tmp_path / "data"
+  raw_tools.write_idx(data, train=60, test=40, shape=(28, 28))
+  first, accuracy = _trained(tmp_path / "first", data)
+  rng = np.random.default_rng(5)
+  others = rng.integers(0, 256, (40, 28, 28), np.uint8)
+  (data / "t10k-images-idx3-ubyte").write_bytes(raw_tools.idx(others))
+  second, other_accuracy = _trained(tmp_path / "second", data)
+  assert accuracy != other_accuracy  # The run did see other pictures.
+  jax.tree.map(np.testing.assert_array_equal, first, second)
+  # Fails if: a mean, a scale or a choice is made on test records too.
