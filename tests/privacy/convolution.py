@@ -20,7 +20,8 @@ def epsilon(
       E[(1 - exp(epsilon - loss))^+] = delta,
 
   in the worse of the two directions. A loss stands at its cell's middle, so
-  that the result is close, not a bound.
+  that the result is close, not a bound: to 1e-5 of itself, unless a single
+  step's losses lie within a few dozen cells.
   """
   s, q = noise_multiplier, sampling_prob
   edges = np.linspace(-_LARGEST, _LARGEST, _NUM_CELLS + 1)
