@@ -52,7 +52,7 @@ from ppnet.data import examples as examples_lib
 from ppnet.models import lora
 from ppnet.privacy import mechanism as mechanism_lib
 from ppnet.privacy import sampling
-from ppnet.sharding import mesh as mesh_lib
+from ppnet.sharding import layout
 from ppnet.train import initial, loop, losses, optimizer
 from ppnet.train import state as state_lib
 from ppnet.train import step as step_lib
@@ -173,7 +173,7 @@ def subject(experiment: loop.Experiment, *, num_canaries: int) -> Subject:
     put_batch=program.put_batch,
     root_key=program.root_key,
     num_stacked_axes=num_stacked_axes,
-    on_mesh=functools.partial(mesh_lib.within, program.mesh),
+    on_mesh=functools.partial(layout.within, program.mesh, program.rules),
   )
 
 

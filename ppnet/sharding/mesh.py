@@ -109,6 +109,10 @@ def within(
 
   The attention kernels ask for it (`jax.sharding.get_abstract_mesh`), because
   XLA does not split them. Its axes are Auto: nothing else takes notice.
+
+  What has a step's examples is traced by `layout.within`. Where the rules do
+  not say where activations are, jaxlib 0.10.2 can hand attention the example of
+  another device (`tests/kernels/engines_test.py`).
   """
 
   @functools.wraps(fn)

@@ -260,7 +260,7 @@ def build(
     **_sum_programs(pure, on_mesh, shardings.params, mesh=mesh, rules=rules),
     **_noise_programs(mechanism, noise_shardings),
     update=_update(pure, shardings, noise_shardings, mesh=mesh, rules=rules),
-    **_fetching_programs(pure, mesh),
+    **_fetching_programs(pure, mesh, rules),
     host=_host(mesh, rules) if is_at_hand else pipeline.Host(),
     frozen=lambda: {},
     pure=pure,
@@ -411,11 +411,13 @@ def _on_mesh(
   )
 
 
-def _fetching_programs(pure: Pure, mesh: Mesh) -> dict[str, Any]:
+def _fetching_programs(
+  pure: Pure, mesh: Mesh, rules: rules_lib.Rules
+) -> dict[str, Any]:
   """What evaluates, and what brings values to the hosts."""
   return {
     "evaluate": jax.jit(
-      mesh_lib.within(mesh, pure.evaluate), out_shardings=_fetched(mesh)
+      layout.within(mesh, rules, pure.evaluate), out_shardings=_fetched(mesh)
     ),
     "fingerprint": jax.jit(
       trees.fingerprint, out_shardings=rules_lib.replicated(mesh)

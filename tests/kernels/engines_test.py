@@ -13,6 +13,7 @@ from ppnet.core import param_ops
 from ppnet.kernels import noisy_attention
 from ppnet.models import llama
 from ppnet.privacy import clipping
+from ppnet.sharding import layout
 from ppnet.sharding import mesh as mesh_lib
 from ppnet.sharding import rules as rules_lib
 
@@ -26,7 +27,9 @@ FAST = {"xla_backend_optimization_level": 0}
 def clipped_sum(attention, engine, axes=None):
   """Clipped sum and norms of a small decoder with noise in its second layer.
 
-  On a mesh if there are axes, laid out by the rules that the trainer uses.
+  On a mesh if there are axes, laid out and traced as the trainer does it. Each
+  device has one example then: left to itself, jaxlib 0.10.2 swaps those of two
+  devices between attention and the rest, under book-keeping.
   """
   model = llama.Llama(
     config.LlamaConfig(
@@ -65,9 +68,10 @@ def clipped_sum(attention, engine, axes=None):
       )
     )
     rules = rules_lib.Rules()
-    params = jax.device_put(params, rules.param_shardings(mesh, boxed))
+    param_shardings = rules.param_shardings(mesh, boxed)
+    params = jax.device_put(params, param_shardings)
     batch = jax.device_put(batch, rules.batch_sharding(mesh))
-    fn = mesh_lib.within(mesh, fn)
+    fn = layout.within(mesh, rules, fn, param_shardings=param_shardings)
   out = jax.jit(fn, compiler_options=FAST)(params, batch)
   leaves = [np.ravel(leaf) for leaf in jax.tree.leaves(out.grad_sum)]
   return np.concatenate(leaves), np.asarray(out.grad_norms)
@@ -79,7 +83,7 @@ expected = functools.cache(lambda: clipped_sum(REFERENCE, config.Engine.VMAP))
 @pytest.mark.parametrize(
   ("attention", "engine", "axes"),
   [
-    (GPU, config.Engine.VMAP, MESH),
+    (GPU, config.Engine.BOOKKEEPING, MESH),
     *(
       pytest.param(attention, engine, axes, marks=pytest.mark.slow)
       for attention in (TPU, GPU)
@@ -97,3 +101,4 @@ def test_engines_with_kernels_match_the_reference(attention, engine, axes):
   reference_total, reference_norms = expected()
   np.testing.assert_allclose(total, reference_total, atol=1e-6)
   np.testing.assert_allclose(norms, reference_norms, rtol=1e-5)
+  # Fails if: activations are traced without the rules' constraints.
