@@ -83,6 +83,7 @@ expected = functools.cache(lambda: clipped_sum(REFERENCE, config.Engine.VMAP))
 @pytest.mark.parametrize(
   ("attention", "engine", "axes"),
   [
+    (GPU, config.Engine.VMAP, MESH),
     (GPU, config.Engine.BOOKKEEPING, MESH),
     *(
       pytest.param(attention, engine, axes, marks=pytest.mark.slow)
