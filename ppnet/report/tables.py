@@ -44,7 +44,6 @@ _LABELS = {
   "delta": "δ",
   "noise_multiplier": "noise multiplier",
   "num_steps": "steps",
-  "charged_steps": "charged steps",
   "nonprivate/clipped_fraction": "clipped fraction †",
   "leakage": "leakage (membership advantage) †",
 }

@@ -19,6 +19,7 @@ _SUMMARY = {
   "delta": 1e-5,
   "noise_multiplier": 1.1289,
   "num_steps": 1500,
+  "charged_steps": 1500,
   "nonprivate/clipped_fraction": 0.8125,
   "leakage": None,
   "guarantee": "Nobody learns much.",
@@ -45,6 +46,7 @@ def test_summary_table_shows_every_number():
   assert _line(text, "clipped fraction †") == "81.2%"
   assert "Guarantee: Nobody learns much." in text
   assert "leakage" not in text
+  assert "charged" not in text  # README shows the rows that there are.
   assert tables.SEEDED_MARK not in text
 
 
